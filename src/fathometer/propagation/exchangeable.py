@@ -1,0 +1,326 @@
+r"""The Markov chain on two numbers: every token alike.
+
+Forward state: ``q``, the mean square per coordinate, and ``p``, the mean overlap of two different tokens. Backward state: ``J``
+and ``K``, the same two numbers for gradients. One sublayer
+
+.. math:: x \leftarrow N_s(\mu x + \tau N_o(B(N_i(x))))
+
+acts forward by moments and backward by the 2 x 2 transfer matrix
+
+.. math:: \Bigl[\mu^2 + \tau^2\, \mathrm{diag}(\hat q_i, \hat p_i)\; T_B\; \mathrm{diag}(\hat q_o, \hat p_o)\Bigr]
+          \mathrm{diag}(\hat q_s, \hat p_s)
+
+with hats for the slope averages of each norm and ``T_B`` the transfer matrix of the branch.
+
+Sources: forward maps and the MLP transfer, Alekseev, arXiv:2604.11890v3; exact finite-n attention transfer and the score
+path, derived in the documentation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fathometer.attention import AttentionStatistics, Closure
+from fathometer.errors import DomainError
+from fathometer.kernels import activation_kernel, norm_kernel
+from fathometer.propagation.trajectory import Trajectory
+from fathometer.spec import MLP, GatedMLP, SelfAttention, Sublayer, Transformer
+
+
+class Moments(NamedTuple):
+    """Second moment of a token and overlap of two tokens."""
+
+    q: Any
+    p: Any
+
+
+class Record(NamedTuple):
+    """What the transfer matrix of one sublayer needs from its forward pass."""
+
+    stream: Moments
+    normed: Moments
+    branch: Moments
+    residual: Moments
+
+
+@dataclass(frozen=True)
+class AttentionMap:
+    """Self-attention acting on moments."""
+
+    branch: SelfAttention
+    n_tokens: int
+    closure: Closure
+
+    def statistics(self, x: Moments) -> tuple[AttentionStatistics, Any, Any]:
+        """Return the attention averages, the score variance and the effective coupling sigma_QK^2."""
+        coupling = effective_coupling(self.branch, x.q)
+        variance = coupling * x.q * (x.q - x.p)
+        return self.closure.statistics(self.n_tokens, variance, x.p / x.q), variance, coupling
+
+    def forward(self, x: Moments) -> Moments:
+        """Map the moments of the normed tokens to those of the branch output."""
+        b = self.branch
+        statistics, _, _ = self.statistics(x)
+        spread = x.q - x.p
+        gain, bias = (b.value * b.output) ** 2, attention_bias(b)
+        return Moments(gain * (x.p + spread * statistics.y2) + bias, gain * (x.p + spread * statistics.y12) + bias)
+
+    def transfer(self, x: Moments) -> list[list[Any]]:
+        """Return the 2 x 2 transfer matrix from gradients at the branch output to gradients at the normed tokens."""
+        statistics, _, coupling = self.statistics(x)
+        gain = (self.branch.value * self.branch.output) ** 2
+        path = self.closure.value_path(self.n_tokens, statistics)
+        others = self.n_tokens - 1
+        score = coupling * (x.q - x.p)
+        s, sc = score * statistics.score, score * statistics.score_pair
+        back = x.q * s / others if others else 0.0 * s
+        return [
+            [gain * (path.jj + s * (2 * x.q - x.p)), gain * (path.jk + others * sc * x.p)],
+            [gain * (path.kj - back), gain * (path.kk + sc * (x.q - 2 * x.p))],
+        ]
+
+
+@dataclass(frozen=True)
+class MLPMap:
+    """An MLP acting on moments."""
+
+    branch: MLP
+
+    def forward(self, x: Moments) -> Moments:
+        """Map the moments of the normed tokens to those of the branch output."""
+        b, f = self.branch, activation_kernel(self.branch.activation)
+        z = self._preactivation(x)
+        out, bias = b.mlp_out**2, b.out_bias**2
+        return Moments(out * f.overlap(z.q, z.q, z.q) + bias, out * f.overlap(z.q, z.q, z.p) + bias)
+
+    def transfer(self, x: Moments) -> list[list[Any]]:
+        """Return the (diagonal) transfer matrix."""
+        b, f = self.branch, activation_kernel(self.branch.activation)
+        z = self._preactivation(x)
+        scale = (b.mlp_in * b.mlp_out) ** 2
+        zero = 0.0 * x.q
+        return [
+            [scale * f.slope_overlap(z.q, z.q, z.q), zero],
+            [zero, scale * f.slope_overlap(z.q, z.q, z.p)],
+        ]
+
+    def _preactivation(self, x: Moments) -> Moments:
+        scale, bias = self.branch.mlp_in**2, self.branch.in_bias**2
+        return Moments(scale * x.q + bias, scale * x.p + bias)
+
+
+@dataclass(frozen=True)
+class GatedMLPMap:
+    """A gated MLP acting on moments."""
+
+    branch: GatedMLP
+
+    def forward(self, x: Moments) -> Moments:
+        """Map the moments of the normed tokens to those of the branch output."""
+        b, f = self.branch, activation_kernel(self.branch.activation)
+        zq, zp = b.gate**2 * x.q, b.gate**2 * x.p
+        scale = (b.mlp_in * b.mlp_out) ** 2
+        return Moments(scale * f.overlap(zq, zq, zq) * x.q, scale * f.overlap(zq, zq, zp) * x.p)
+
+    def transfer(self, x: Moments) -> list[list[Any]]:
+        """Return the (diagonal) transfer matrix."""
+        b, f = self.branch, activation_kernel(self.branch.activation)
+        gate = b.gate**2
+        zq, zp = gate * x.q, gate * x.p
+        scale = (b.mlp_in * b.mlp_out) ** 2
+        zero = 0.0 * x.q
+        return [
+            [scale * (gate * f.slope_overlap(zq, zq, zq) * x.q + f.overlap(zq, zq, zq)), zero],
+            [zero, scale * (gate * f.slope_overlap(zq, zq, zp) * x.p + f.overlap(zq, zq, zp))],
+        ]
+
+
+def effective_coupling(branch: SelfAttention, q: Any) -> Any:
+    """Return ``sigma_QK^2``, the score variance per unit of token overlaps.
+
+    With normalised queries and keys the weight scales drop out: the score covariance is that of unit tokens, so the coupling is
+    the squared score multiplier over the squared second moment of a token.
+    """
+    if branch.qk_norm:
+        return branch.score_multiplier**2 / q**2
+    return (branch.query * branch.key * branch.score_multiplier) ** 2
+
+
+def attention_bias(branch: SelfAttention) -> Any:
+    """Return what value and output biases add to every overlap; rows of attention sum to one."""
+    return (branch.value_bias * branch.output) ** 2 + branch.output_bias**2
+
+
+class HalfLayer:
+    """One sublayer as a map on moments, and its transfer matrix."""
+
+    def __init__(self, sublayer: Sublayer, n_tokens: int, closure: Closure) -> None:
+        self.sublayer = sublayer
+        branch = sublayer.branch
+        self.map: AttentionMap | MLPMap | GatedMLPMap
+        if isinstance(branch, SelfAttention):
+            self.map = AttentionMap(branch, n_tokens, closure)
+        elif isinstance(branch, MLP):
+            self.map = MLPMap(branch)
+        else:
+            self.map = GatedMLPMap(branch)
+        self._norms = [
+            None if norm is None else norm_kernel(norm)
+            for norm in (sublayer.input_norm, sublayer.output_norm, sublayer.stream_norm)
+        ]
+
+    def forward(self, stream: Moments) -> tuple[Moments, Moments, Record]:
+        """Return the new stream, what the branch added to it, and the record for :meth:`transfer`."""
+        skip, weight = self.sublayer.skip_scale**2, self.sublayer.branch_scale**2
+        normed = self._normalise(0, stream)
+        branch = self.map.forward(normed)
+        out = self._normalise(1, branch)
+        added = Moments(weight * out.q, weight * out.p)
+        residual = Moments(skip * stream.q + added.q, skip * stream.p + added.p)
+        return self._normalise(2, residual), added, Record(stream, normed, branch, residual)
+
+    def transfer(self, record: Record) -> Any:
+        """Return the transfer matrices of a stack of records, shape ``(2, 2, *stack)``."""
+        skip, weight = self.sublayer.skip_scale**2, self.sublayer.branch_scale**2
+        rows = self._slopes(0, record.stream)
+        columns = self._slopes(1, record.branch)
+        after = self._slopes(2, record.residual)
+        matrix = self.map.transfer(record.normed)
+        entries = [
+            (skip * (i == j) + weight * rows[i] * matrix[i][j] * columns[j]) * after[j]
+            for i in range(2)
+            for j in range(2)
+        ]
+        stacked = np.stack(np.broadcast_arrays(*entries))
+        return stacked.reshape((2, 2, *stacked.shape[1:]))
+
+    def _normalise(self, slot: int, x: Moments) -> Moments:
+        kernel = self._norms[slot]
+        if kernel is None:
+            return x
+        return Moments(kernel.overlap(x.q, x.q, x.q), kernel.overlap(x.q, x.q, x.p))
+
+    def _slopes(self, slot: int, x: Moments) -> tuple[Any, Any]:
+        kernel = self._norms[slot]
+        if kernel is None:
+            return 1.0, 1.0
+        return kernel.slope_overlap(x.q, x.q, x.q), kernel.slope_overlap(x.q, x.q, x.p)
+
+
+def check_moments(n_tokens: int, q: Any, p: Any) -> Moments:
+    """Validate initial moments and return them as float64 scalars or arrays.
+
+    Raises:
+        DomainError: unless q > 0 and -q/(n-1) <= p <= q; carries the first offending value and index.
+    """
+    if isinstance(n_tokens, bool) or not isinstance(n_tokens, (int, np.integer)) or n_tokens < 1:
+        raise DomainError(f"n_tokens must be an integer >= 1; got {n_tokens!r}", value=n_tokens)
+    q_array, p_array = np.broadcast_arrays(np.asarray(q, dtype=np.float64), np.asarray(p, dtype=np.float64))
+    low = -q_array / (n_tokens - 1) if n_tokens > 1 else -q_array
+    slack = 1e-12 * np.abs(q_array)
+    good = np.isfinite(q_array) & (q_array > 0) & (p_array <= q_array + slack) & (p_array >= low - slack)
+    if not np.all(good):
+        index = tuple(int(i) for i in np.argwhere(~good)[0])
+        bad_q, bad_p = float(q_array[index]), float(p_array[index])
+        where = f" at index {index}" if index else ""
+        raise DomainError(
+            f"q must be positive and p must lie in [-q/(n_tokens-1), q]; got q={bad_q:g}, p={bad_p:g} with "
+            f"n_tokens={n_tokens}{where}. Did you pass a cosine? p is cosine * q.",
+            value=(bad_q, bad_p),
+            index=index or None,
+        )
+    return Moments(q_array[()], p_array[()])
+
+
+def propagate(spec: Transformer, *, n_tokens: int, q: Any, p: Any, closure: Closure) -> Trajectory:
+    """Carry (q, p) through every sublayer and build the transfer matrices of (J, K).
+
+    Args:
+        spec: The transformer. Its numbers may be arrays; they broadcast with ``q`` and ``p`` to one batch shape.
+        n_tokens: Number of tokens seen by attention.
+        q: Mean square per coordinate at the input of the first block.
+        p: Mean overlap of two different tokens there.
+        closure: How the softmax is averaged.
+    Returns:
+        The trajectory. Cost: one pass over the depth, O(batch) work and memory a sublayer; only the forward pass is sequential,
+        the transfer matrices of a run of equal blocks are built in one vectorised call.
+    Raises:
+        DomainError: for moments no set of tokens can have.
+    """
+    stream = check_moments(n_tokens, q, p)
+    streams: list[Moments] = [stream]
+    added: list[Moments] = []
+    records: list[Record] = []
+    runs: list[tuple[list[HalfLayer], int, int]] = []
+    for block in spec.blocks:
+        steps = [HalfLayer(sublayer, n_tokens, closure) for sublayer in block.sublayers]
+        runs.append((steps, len(records), block.repeat))
+        for _ in range(block.repeat):
+            for step in steps:
+                stream, branch, record = step.forward(stream)
+                streams.append(stream)
+                added.append(branch)
+                records.append(record)
+    shape = np.broadcast_shapes(np.shape(stream.q), np.shape(stream.p))
+    transfer = np.empty((len(records), 2, 2, *shape))
+    attention: dict[str, Any] = {}
+    for steps, start, repeat in runs:
+        for offset, step in enumerate(steps):
+            where = slice(start + offset, start + offset + repeat * len(steps), len(steps))
+            stack = _stack_records(records[where], shape)
+            transfer[where] = np.moveaxis(step.transfer(stack), 2, 0)
+            if isinstance(step.map, AttentionMap):
+                _collect(attention, step.map, stack, np.arange(len(records))[where], shape)
+    return Trajectory(
+        spec=spec,
+        n_tokens=int(n_tokens),
+        closure=closure.name,
+        borders=block_borders(spec),
+        q=_stack([s.q for s in streams], shape),
+        p=_stack([s.p for s in streams], shape),
+        added_q=_stack([a.q for a in added], shape),
+        added_p=_stack([a.p for a in added], shape),
+        is_attention=np.array([s.is_attention for b in spec.layers() for s in b.sublayers]),
+        transfer=transfer,
+        attention={
+            key: np.concatenate(value)[np.argsort(np.concatenate(attention["index"]))]
+            for key, value in attention.items()
+            if key != "index"
+        },
+    )
+
+
+def block_borders(spec: Transformer) -> Any:
+    """Return the half-layer index at which every block starts, and the end; shape ``(n_layers + 1,)``."""
+    counts = [len(block.sublayers) for block in spec.blocks for _ in range(block.repeat)]
+    return np.concatenate([[0], np.cumsum(counts)])
+
+
+def _collect(attention: dict[str, Any], step: AttentionMap, stack: Record, index: Any, shape: tuple[int, ...]) -> None:
+    statistics, variance, _ = step.statistics(stack.normed)
+    full = (len(index), *shape)
+    attention.setdefault("index", []).append(index)
+    attention.setdefault("attention_entropy", []).append(np.broadcast_to(statistics.entropy, full))
+    attention.setdefault("inverse_participation", []).append(np.broadcast_to(statistics.y2, full))
+    attention.setdefault("logit_variance", []).append(np.broadcast_to(variance, full))
+
+
+def _stack(values: Sequence[Any], shape: tuple[int, ...]) -> Any:
+    if shape == ():
+        return np.array(values, dtype=np.float64)
+    return np.stack([np.broadcast_to(value, shape) for value in values])
+
+
+def _stack_records(records: Sequence[Record], shape: tuple[int, ...]) -> Record:
+    return Record(
+        *(
+            Moments(
+                _stack([getattr(r, name).q for r in records], shape), _stack([getattr(r, name).p for r in records], shape)
+            )
+            for name in Record._fields
+        )
+    )

@@ -1,0 +1,343 @@
+r"""The Markov chain on the full Gram matrix of the tokens: causal masks, unequal norms, clustered tokens.
+
+With elementwise kernels written as functions of a Gram matrix and ``o`` for the elementwise product, one sublayer acts as
+
+.. math::
+    \tilde\Sigma = N(\Sigma), \qquad
+    \Sigma' = \mu^2 \Sigma + \tau^2 N_o\bigl(\sigma_{OV}^2\, \mathcal M \tilde\Sigma\bigr), \qquad
+    \Gamma = \mu^2 \Gamma' + \tau^2 \hat N(\Sigma) \circ \bigl[\sigma_{OV}^2\, \mathcal M^{*} \Gamma' + \text{scores}\bigr]
+
+for attention, with the mixing ``M`` of the closure, and with elementwise activation kernels for an MLP. Exchangeable tokens are
+the special case of two distinct entries.
+
+Source: derived in the documentation; the elementwise kernels for unequal variances as cited where they are defined.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fathometer.attention import (
+    Annealed,
+    AnnealedMixing,
+    Closure,
+    FixedMixing,
+    Mixing,
+    ScorePath,
+    Uniform,
+    UniformMixing,
+    Visibility,
+)
+from fathometer.errors import DomainError, NotCoveredError
+from fathometer.kernels import PairKernel, activation_kernel, norm_kernel
+from fathometer.propagation.exchangeable import attention_bias, block_borders
+from fathometer.spec import MLP, SelfAttention, Sublayer, Transformer
+
+FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GramTrajectory:
+    """Gram matrices of the tokens at every sublayer border, and the map that carries gradients back.
+
+    Attributes:
+        spec, closure, borders, is_attention: As in :class:`fathometer.propagation.Trajectory`.
+        grams: Gram matrices over coordinates; shape ``(n_half + 1, *batch, n_tokens, n_tokens)``.
+        added: Gram matrices of what each branch adds; shape ``(n_half, *batch, n_tokens, n_tokens)``.
+        attention: Per attention sublayer and query: ``attention_entropy`` (nats), ``inverse_participation``,
+            ``logit_variance``; each of shape ``(n_attention, *batch, n_tokens)``.
+    """
+
+    spec: Transformer
+    closure: str
+    borders: NDArray[np.int64]
+    is_attention: NDArray[np.bool_]
+    grams: FloatArray
+    added: FloatArray
+    attention: dict[str, FloatArray]
+    steps: list[GramHalfLayer] = field(repr=False)
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of tokens."""
+        return int(self.grams.shape[-1])
+
+    def backward(self, boundary: FloatArray | None = None) -> tuple[FloatArray, FloatArray]:
+        """Carry a gradient Gram matrix from the output to every sublayer border.
+
+        Args:
+            boundary: Gram matrix of the output gradients over coordinates, shape ``(*batch, n, n)``; the identity (isotropic noise,
+                hence the APJN) by default, the all-ones matrix for a mean-pooled loss.
+        Returns:
+            ``log_norm`` of shape ``(n_half + 1, *batch)``, the log of the mean square relative to the output, and the matrices
+            divided by that mean square, shape ``(n_half + 1, *batch, n, n)``. Rescaled at every step: no overflow at any depth.
+        """
+        shape = self.grams.shape[1:]
+        start = np.eye(self.n_tokens) if boundary is None else np.asarray(boundary, dtype=np.float64)
+        gradient = np.broadcast_to(start, shape)
+        log_norm = np.zeros((len(self.steps) + 1, *shape[:-2]))
+        matrices = np.empty(self.grams.shape)
+        level = _mean_diagonal(gradient)
+        matrices[-1] = gradient = gradient / level[..., None, None]
+        for half in range(len(self.steps) - 1, -1, -1):
+            gradient = self.steps[half].backward(gradient)
+            level = _mean_diagonal(gradient)
+            gradient = gradient / level[..., None, None]
+            log_norm[half] = log_norm[half + 1] + np.log(level)
+            matrices[half] = gradient
+        return log_norm, matrices
+
+    def forward(self) -> FloatArray:
+        """Carry an isotropic perturbation of the input forward.
+
+        Returns:
+            Its log mean square relative to the input at every sublayer border, shape ``(n_half + 1, *batch)``: the
+            forward APJN, ``ln J^{m,0}``.
+        """
+        tangent = np.broadcast_to(np.eye(self.n_tokens), self.grams.shape[1:])
+        log_norm = np.zeros((len(self.steps) + 1, *self.grams.shape[1:-2]))
+        for half, step in enumerate(self.steps):
+            tangent = step.forward(tangent)
+            level = _mean_diagonal(tangent)
+            tangent = tangent / level[..., None, None]
+            log_norm[half + 1] = log_norm[half] + np.log(level)
+        return log_norm
+
+
+class GramHalfLayer:
+    """One sublayer acting on one Gram matrix, keeping what its backward map needs."""
+
+    def __init__(
+        self, sublayer: Sublayer, gram: FloatArray, closure: Closure, visible: Visibility, mixing: Mixing | None
+    ) -> None:
+        self.sublayer = sublayer
+        self.visible = visible
+        self._kernels = [
+            norm_kernel(norm) for norm in (sublayer.input_norm, sublayer.output_norm, sublayer.stream_norm)
+        ]
+        self._stream = gram
+        self._normed = _overlap(self._kernels[0], gram)
+        self._closure = closure
+        self._branch = self._attend(mixing) if isinstance(sublayer.branch, SelfAttention) else self._perceive()
+        out = self._branch if sublayer.output_norm is None else _overlap(self._kernels[1], self._branch)
+        self.added = sublayer.branch_scale**2 * out
+        self._residual = sublayer.skip_scale**2 * gram + self.added
+        self.output = self._residual if sublayer.stream_norm is None else _overlap(self._kernels[2], self._residual)
+
+    def backward(self, gradient: FloatArray) -> FloatArray:
+        """Map the gradient Gram matrix at the sublayer's output to that at its input."""
+        rows, columns, after = self._slopes
+        gradient = gradient * after
+        through = self._through(gradient * columns, forward=False)
+        return np.asarray(self.sublayer.skip_scale**2 * gradient + self.sublayer.branch_scale**2 * rows * through)
+
+    def forward(self, tangent: FloatArray) -> FloatArray:
+        """Map the Gram matrix of a perturbation of the input to that of the output (the adjoint of :meth:`backward`)."""
+        rows, columns, after = self._slopes
+        through = columns * self._through(rows * tangent, forward=True)
+        skip, weight = self.sublayer.skip_scale**2, self.sublayer.branch_scale**2
+        return np.asarray(after * (skip * tangent + weight * through))
+
+    @cached_property
+    def _slopes(self) -> tuple[Any, Any, Any]:
+        """Slope kernels of the input, output and stream norms."""
+        sublayer = self.sublayer
+        slots = (
+            (sublayer.input_norm, self._kernels[0], self._stream),
+            (sublayer.output_norm, self._kernels[1], self._branch),
+            (sublayer.stream_norm, self._kernels[2], self._residual),
+        )
+        inner, outer, stream = (1.0 if norm is None else _slope(kernel, gram) for norm, kernel, gram in slots)
+        return inner, outer, stream
+
+    @cached_property
+    def _perceptron_slope(self) -> FloatArray:
+        branch = self.sublayer.branch
+        assert not isinstance(branch, SelfAttention)
+        kernel = activation_kernel(branch.activation)
+        scale = (branch.mlp_in * branch.mlp_out) ** 2
+        slope = _slope(kernel, self._preactivation)
+        if isinstance(branch, MLP):
+            return np.asarray(scale * slope)
+        return np.asarray(scale * (branch.gate**2 * slope * self._normed + _overlap(kernel, self._preactivation)))
+
+    def _through(self, matrix: FloatArray, *, forward: bool) -> FloatArray:
+        """Apply the branch's linear map on gradient Gram matrices, or its adjoint."""
+        branch = self.sublayer.branch
+        if not isinstance(branch, SelfAttention):
+            return self._perceptron_slope * matrix
+        out = self._mixing.forward(matrix) if forward else self._mixing.backward(matrix)
+        if self._scores is not None:
+            path, coupling = self._scores
+            out = out + (path.forward(coupling * matrix) if forward else coupling * path.backward(matrix))
+        return (branch.value * branch.output) ** 2 * out
+
+    def _attend(self, mixing: Mixing | None) -> FloatArray:
+        branch = self.sublayer.branch
+        assert isinstance(branch, SelfAttention)
+        normed = self._normed
+        coupling: Any = branch.score_multiplier**2
+        score_gram = normed
+        if branch.qk_norm:
+            scale = np.sqrt(np.diagonal(normed, axis1=-2, axis2=-1))
+            score_gram = normed / (scale[..., :, None] * scale[..., None, :])
+        else:
+            coupling = coupling * (branch.query * branch.key) ** 2
+        self._scores: tuple[ScorePath, Any] | None = None
+        if mixing is not None:
+            self._mixing = mixing
+        elif isinstance(self._closure, Uniform):
+            self._mixing = UniformMixing(self.visible)
+        elif isinstance(self._closure, Annealed):
+            self._mixing = AnnealedMixing(self.visible, score_gram, coupling)
+            if self._closure.score_path:
+                self._scores = self._score_path(score_gram, coupling)
+        else:
+            raise NotCoveredError(f"the closure {self._closure.name!r} has no Gram form; accepted: uniform, annealed")
+        self.statistics = _row_statistics(self.visible, score_gram, coupling, self._closure)
+        gain = (branch.value * branch.output) ** 2
+        return gain * self._mixing.forward(normed) + attention_bias(branch)
+
+    def _score_path(self, score_gram: FloatArray, coupling: Any) -> tuple[ScorePath, Any]:
+        """Return the gradient path through the scores; normalised queries and keys divide it by the tokens' sizes."""
+        branch = self.sublayer.branch
+        assert isinstance(branch, SelfAttention)
+        if branch.qk_norm:
+            size = np.sqrt(np.diagonal(self._normed, axis1=-2, axis2=-1))
+            coupling = coupling / (size[..., :, None] * size[..., None, :])
+        return ScorePath(self.visible, self._normed, score_gram), coupling
+
+    def _perceive(self) -> FloatArray:
+        branch = self.sublayer.branch
+        assert not isinstance(branch, SelfAttention)
+        self.statistics = None
+        kernel = activation_kernel(branch.activation)
+        if isinstance(branch, MLP):
+            self._preactivation = branch.mlp_in**2 * self._normed + branch.in_bias**2
+            return branch.mlp_out**2 * _overlap(kernel, self._preactivation) + branch.out_bias**2
+        self._preactivation = branch.gate**2 * self._normed
+        scale = (branch.mlp_in * branch.mlp_out) ** 2
+        return np.asarray(scale * _overlap(kernel, self._preactivation) * self._normed)
+
+
+def check_gram(gram: Any) -> FloatArray:
+    """Validate Gram matrices of shape ``(*batch, n, n)``: finite, symmetric, positive semidefinite, non-zero tokens.
+
+    Raises:
+        DomainError: saying by how much a condition fails.
+    """
+    matrix = np.asarray(gram, dtype=np.float64)
+    if matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2]:
+        raise DomainError(f"gram must have shape (..., n_tokens, n_tokens); got {matrix.shape}", value=matrix.shape)
+    if not np.all(np.isfinite(matrix)):
+        raise DomainError("gram must be finite", value=float("nan"))
+    diagonal = np.diagonal(matrix, axis1=-2, axis2=-1)
+    if np.any(diagonal <= 0):
+        index = tuple(int(i) for i in np.argwhere(diagonal <= 0)[0])
+        raise DomainError(
+            f"every token needs a positive mean square; got {diagonal[index]:g} at index {index}", index=index
+        )
+    largest = float(np.max(diagonal))
+    skew = float(np.max(np.abs(matrix - np.swapaxes(matrix, -1, -2))))
+    if skew > 1e-9 * largest:
+        raise DomainError(f"gram must be symmetric; it differs from its transpose by {skew:.3g}", value=skew)
+    lowest = float(np.min(np.linalg.eigvalsh(matrix)))
+    if lowest < -1e-7 * largest * matrix.shape[-1]:
+        raise DomainError(
+            f"gram must be positive semidefinite; its lowest eigenvalue is {lowest:.3g} (largest diagonal entry {largest:.3g})",
+            value=lowest,
+        )
+    return matrix
+
+
+def check_attention(attention: Any, n_tokens: int) -> FloatArray:
+    """Validate a row-stochastic attention matrix of shape ``(n_tokens, n_tokens)``."""
+    matrix = np.asarray(attention, dtype=np.float64)
+    if matrix.shape != (n_tokens, n_tokens):
+        raise DomainError(f"attention must have shape ({n_tokens}, {n_tokens}); got {matrix.shape}", value=matrix.shape)
+    if not np.all(np.isfinite(matrix)) or np.any(matrix < 0):
+        raise DomainError(f"attention weights must be finite and non-negative; lowest is {np.min(matrix):.3g}")
+    sums = matrix.sum(axis=1)
+    worst = int(np.argmax(np.abs(sums - 1)))
+    if abs(sums[worst] - 1) > 1e-9:
+        raise DomainError(f"attention rows must sum to 1; row {worst} sums to {sums[worst]:.12g}", index=(worst,))
+    return matrix
+
+
+def propagate_gram(
+    spec: Transformer, gram: Any, *, closure: Closure, attention: Any | None = None
+) -> GramTrajectory:
+    """Carry the tokens' Gram matrix through every sublayer.
+
+    Args:
+        spec: The transformer, with scalar fields.
+        gram: Gram matrices ``x_a . x_b / d`` at the first block, shape ``(*batch, n, n)``; batch for several samples.
+        closure: How the softmax is averaged (``Uniform`` or ``Annealed``).
+        attention: Optional fixed row-stochastic matrix used in every layer instead of the closure.
+    Returns:
+        The trajectory. Cost: O(n^2) elementwise work a sublayer, times the number of interpolation nodes for annealed attention;
+        memory O(n_half * batch * n^2).
+    Raises:
+        DomainError: for a matrix that is no Gram matrix, or attention that is not row-stochastic.
+    """
+    current = check_gram(gram)
+    n_tokens = current.shape[-1]
+    visibilities = {flag: Visibility(n_tokens, causal=flag) for flag in (False, True)}
+    fixed = None if attention is None else FixedMixing(check_attention(attention, n_tokens))
+    steps: list[GramHalfLayer] = []
+    grams, added = [current], []
+    for block in spec.layers():
+        for sublayer in block.sublayers:
+            causal = isinstance(sublayer.branch, SelfAttention) and sublayer.branch.causal
+            step = GramHalfLayer(sublayer, current, closure, visibilities[causal], fixed)
+            current = step.output
+            steps.append(step)
+            grams.append(current)
+            added.append(step.added)
+    rows = [step.statistics for step in steps if step.statistics is not None]
+    return GramTrajectory(
+        spec=spec,
+        closure=closure.name if attention is None else "fixed",
+        borders=block_borders(spec),
+        is_attention=np.array([step.statistics is not None for step in steps]),
+        grams=np.stack(grams),
+        added=np.stack(added),
+        attention={key: np.stack([row[key] for row in rows]) for key in rows[0]} if rows else {},
+        steps=steps,
+    )
+
+
+def _row_statistics(visible: Visibility, scores: FloatArray, coupling: Any, closure: Closure) -> dict[str, FloatArray]:
+    """Return per-query attention statistics, from the variance of that query's scores over the keys it sees."""
+    diagonal = np.diagonal(scores, axis1=-2, axis2=-1)
+    n = visible.counts
+    key_square = visible.over_keys(diagonal, -1) / n
+    key_mean = np.diagonal(visible.key_pairs(scores), axis1=-2, axis2=-1) / n**2
+    spread = np.maximum(key_square - key_mean, 0.0)
+    variance = coupling * diagonal * spread * n / np.maximum(n - 1, 1)
+    if isinstance(closure, Annealed):
+        y2 = 1 / (1 + (n - 1) * np.exp(-variance))
+        entropy = np.maximum(np.log(n) - (1 - 1 / n) * variance / 2, -np.log(y2))
+    else:
+        y2 = np.broadcast_to(1 / n, variance.shape)
+        entropy = np.broadcast_to(np.log(n), variance.shape)
+    return {"attention_entropy": entropy, "inverse_participation": y2, "logit_variance": variance}
+
+
+def _mean_diagonal(matrix: FloatArray) -> FloatArray:
+    return np.asarray(np.mean(np.diagonal(matrix, axis1=-2, axis2=-1), axis=-1))
+
+
+def _overlap(kernel: PairKernel, gram: FloatArray) -> FloatArray:
+    diagonal = np.diagonal(gram, axis1=-2, axis2=-1)
+    return np.asarray(kernel.overlap(diagonal[..., :, None], diagonal[..., None, :], gram))
+
+
+def _slope(kernel: PairKernel, gram: FloatArray) -> FloatArray:
+    diagonal = np.diagonal(gram, axis1=-2, axis2=-1)
+    return np.asarray(kernel.slope_overlap(diagonal[..., :, None], diagonal[..., None, :], gram))

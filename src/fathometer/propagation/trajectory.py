@@ -1,0 +1,48 @@
+"""What propagation returns, in either representation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fathometer.spec import Transformer
+
+FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trajectory:
+    """Moments at every sublayer border and the transfer matrices between them.
+
+    Attributes:
+        spec: The transformer that was propagated.
+        n_tokens: Number of tokens.
+        closure: Name of the closure.
+        borders: Half-layer index at which each block starts, and the end; shape ``(n_layers + 1,)``.
+        q, p: Moments of the stream at sublayer borders; shape ``(n_half + 1, *batch)``.
+        added_q, added_p: Moments of what each sublayer's branch adds to the stream; shape ``(n_half, *batch)``.
+        is_attention: Which sublayers mix tokens; shape ``(n_half,)``.
+        transfer: Backward transfer matrices on (J, K); shape ``(n_half, 2, 2, *batch)``.
+        attention: ``attention_entropy`` (nats), ``inverse_participation`` and ``logit_variance`` of the attention sublayers, in
+            order; each of shape ``(n_attention, *batch)``.
+    """
+
+    spec: Transformer
+    n_tokens: int
+    closure: str
+    borders: NDArray[np.int64]
+    q: FloatArray
+    p: FloatArray
+    added_q: FloatArray
+    added_p: FloatArray
+    is_attention: NDArray[np.bool_]
+    transfer: FloatArray
+    attention: Mapping[str, FloatArray]
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks."""
+        return len(self.borders) - 1

@@ -1,0 +1,5 @@
+"""Results as plain frozen data."""
+
+from fathometer.results.profile import VOCABULARY, Profile
+
+__all__ = ["VOCABULARY", "Profile"]

@@ -1,0 +1,40 @@
+"""Transformers as data."""
+
+from fathometer.spec.branches import ACTIVATIONS, MLP, Activation, Branch, GatedMLP, SelfAttention
+from fathometer.spec.fields import FIELDS, scaled_field, with_field
+from fathometer.spec.files import dumps_json, dumps_toml, from_dict, load, to_dict
+from fathometer.spec.norms import Derf, DyT, LayerNorm, Norm, PointwiseNorm, RMSNorm
+from fathometer.spec.pointwise import Pointwise
+from fathometer.spec.presets import FAMILIES, preset
+from fathometer.spec.transformer import Block, Placement, Scales, Sublayer, Transformer
+
+__all__ = [
+    "ACTIVATIONS",
+    "FAMILIES",
+    "FIELDS",
+    "MLP",
+    "Activation",
+    "Block",
+    "Branch",
+    "Derf",
+    "DyT",
+    "GatedMLP",
+    "LayerNorm",
+    "Norm",
+    "Placement",
+    "Pointwise",
+    "PointwiseNorm",
+    "RMSNorm",
+    "Scales",
+    "SelfAttention",
+    "Sublayer",
+    "Transformer",
+    "dumps_json",
+    "dumps_toml",
+    "from_dict",
+    "load",
+    "preset",
+    "scaled_field",
+    "to_dict",
+    "with_field",
+]
