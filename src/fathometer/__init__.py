@@ -1,0 +1,129 @@
+"""Fathometer: a depth sounder for transformers.
+
+Describe an architecture or hand over a real model; predict, measure and compare how tokens travel down it and
+gradients back; learn whether it will train, why not, and what to change.
+
+    import fathometer as fm
+    report = fm.diagnose(model, batch)
+
+Names load on first use: importing this package imports neither torch nor matplotlib.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from fathometer._version import __version__
+
+if TYPE_CHECKING:
+    from fathometer.attention import Annealed, Uniform, UniformLargeN
+    from fathometer.diagnosis import Report, Thresholds, diagnose
+    from fathometer.errors import FathometerError
+    from fathometer.measurement import measure
+    from fathometer.models import equiangular_tokens, load_model, reference_network
+    from fathometer.observables import predict
+    from fathometer.report import save_report
+    from fathometer.results import Profile
+    from fathometer.spec import (
+        MLP,
+        Block,
+        Derf,
+        DyT,
+        GatedMLP,
+        LayerNorm,
+        Pointwise,
+        PointwiseNorm,
+        RMSNorm,
+        Scales,
+        SelfAttention,
+        Sublayer,
+        Transformer,
+        load,
+        preset,
+        with_field,
+    )
+
+_HOMES = {
+    "fathometer.attention": ("Annealed", "Uniform", "UniformLargeN"),
+    "fathometer.diagnosis": ("Report", "Thresholds", "diagnose"),
+    "fathometer.errors": ("FathometerError",),
+    "fathometer.measurement": ("measure",),
+    "fathometer.models": ("equiangular_tokens", "load_model", "reference_network"),
+    "fathometer.observables": ("predict",),
+    "fathometer.report": ("save_report",),
+    "fathometer.results": ("Profile",),
+    "fathometer.spec": (
+        "MLP",
+        "Block",
+        "Derf",
+        "DyT",
+        "GatedMLP",
+        "LayerNorm",
+        "Pointwise",
+        "PointwiseNorm",
+        "RMSNorm",
+        "Scales",
+        "SelfAttention",
+        "Sublayer",
+        "Transformer",
+        "load",
+        "preset",
+        "with_field",
+    ),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "MLP",
+    "Annealed",
+    "Block",
+    "Derf",
+    "DyT",
+    "FathometerError",
+    "GatedMLP",
+    "LayerNorm",
+    "Pointwise",
+    "PointwiseNorm",
+    "Profile",
+    "RMSNorm",
+    "Report",
+    "Scales",
+    "SelfAttention",
+    "Sublayer",
+    "Thresholds",
+    "Transformer",
+    "Uniform",
+    "UniformLargeN",
+    "__version__",
+    "diagnose",
+    "equiangular_tokens",
+    "load",
+    "load_model",
+    "measure",
+    "predict",
+    "preset",
+    "reference_network",
+    "save_report",
+    "with_field",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'fathometer' has no attribute {name!r}")
+    home = _HOME_OF[name]
+    try:
+        value = getattr(importlib.import_module(home), name)
+    except ModuleNotFoundError as error:
+        if error.name == "torch":
+            from fathometer.errors import MissingExtraError
+
+            raise MissingExtraError("torch", "torch") from None
+        raise
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

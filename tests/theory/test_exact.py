@@ -59,7 +59,13 @@ GATED = dataclasses.replace(SCALES, gate=0.9)
 
 
 def build(**changes: Any) -> Transformer:
-    arguments = {"n_layers": 3, "d_model": 64, "n_heads": 4, "norm": LayerNorm(), "scales": SCALES} | changes
+    arguments: dict[str, Any] = {
+        "n_layers": 3,
+        "d_model": 64,
+        "n_heads": 4,
+        "norm": LayerNorm(),
+        "scales": SCALES,
+    } | changes
     return Transformer.uniform(**arguments)
 
 

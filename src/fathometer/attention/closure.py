@@ -127,9 +127,9 @@ class Annealed:
     c = 0.2 it errs by 0.6, 4, 16, 62 % at n = 16 and 0.01, 0.3, 2, 19 % at n = 196 for v = 0.2, 0.5, 1, 2.
 
     The score-path weights are ours: ``Y2 (1 - Y2)`` and ``Y12 (1 - Y12)``, which are exact for uniform attention and
-    differ from the true averages by O(1/n) relative corrections while v is small. The published theory has no score path;
-    ``score_path=False`` restores it. The entropy is the log-normal one, ``log n - (1 - 1/n) v / 2``, replaced by its
-    lower bound ``-log Y2`` where that is larger.
+    differ from the true averages by O(1/n) relative corrections while v is small. The published theory has no score
+    path; ``score_path=False`` restores it. The entropy is the log-normal one, ``log n - (1 - 1/n) v / 2``, replaced
+    by its lower bound ``-log Y2`` where that is larger.
 
     Args:
         score_path: Whether gradients also flow through the scores.

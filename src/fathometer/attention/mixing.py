@@ -100,10 +100,11 @@ class AnnealedMixing:
               \qquad \beta_{ab} = \sigma_{QK}^2 C_{ab}
 
     with C the Gram matrix entering the scores, because the scores have covariance ``sigma_QK^2 C_ab C_cd``. Taken
-    literally this costs n^4. It is smooth in the scalar ``beta``, so it is evaluated at K Chebyshev nodes of the range of
-    beta, where it is a ratio of cumulative sums, and interpolated to ``beta_ab``: O(K n^2). The denominator, a sum of
-    exponentials whose exponents differ by at most ``Delta C``, has no zero with ``|Im beta| < pi / Delta C``; that
-    fixes the ellipse of convergence, hence the K that brings the error below 1e-9 (tested against the literal sum).
+    literally this costs n^4. It is smooth in the scalar ``beta``, so it is evaluated at K Chebyshev nodes of the
+    range of beta, where it is a ratio of cumulative sums, and interpolated to ``beta_ab``: O(K n^2). The
+    denominator, a sum of exponentials whose exponents differ by at most ``Delta C``, has no zero with ``|Im beta| <
+    pi / Delta C``; that fixes the ellipse of convergence, hence the K that brings the error below 1e-9 (tested
+    against the literal sum).
 
     Source: the compact form of Cowsik et al., arXiv:2403.02579; the interpolation is derived here.
 
@@ -120,7 +121,7 @@ class AnnealedMixing:
         spread = max(high, -low) * width
         if spread > 60:
             raise NotCoveredError(
-                f"attention scores spread over {spread:.0f} nats; the annealed average is meaningless there (accepted: 60)"
+                f"attention scores spread over {spread:.0f} nats; the annealed average means nothing there (limit 60)"
             )
         reach = (high - low) / 2 * width / np.pi
         n_nodes = 2 + int(np.ceil(_DIGITS / np.arcsinh(1 / max(reach, 1e-9))))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol, TypeAlias
+from collections.abc import Callable
+from typing import Any, Protocol, TypeAlias
 
 from fathometer.spec.arrays import FloatArray
 
 Moment: TypeAlias = float | FloatArray
+ScalarFunction: TypeAlias = Callable[[Any], Any]  # of one variable, on float64 arrays of any shape
 
 
 class PairKernel(Protocol):

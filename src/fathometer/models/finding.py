@@ -37,8 +37,8 @@ class Stack:
 def find_stacks(model: nn.Module, forward: Callable[[], Any]) -> list[Stack]:
     """Return every run of two or more same-class blocks, the longest first.
 
-    One hooked forward pass. A block's output must *be* the next one's input: the same memory, with equal shapes for input
-    and output. Among nested candidates of equal length the outermost wins.
+    One hooked forward pass. A block's output must *be* the next one's input: the same memory, with equal shapes for
+    input and output. Among nested candidates of equal length the outermost wins.
 
     Args:
         model: The model.

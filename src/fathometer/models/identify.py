@@ -42,8 +42,8 @@ def identify_gated(gate: Tensor, linear: Tensor, after: Tensor) -> str | None:
 def identify_norm(module: nn.Module, before: Tensor, after: Tensor) -> Norm | None:
     """Return the norm ``module`` computes, or ``None`` if it is none that the theory knows.
 
-    Each candidate is evaluated on the input and its output regressed on the module's, feature by feature: the slope is the
-    gain. The shape parameters of DyT and Derf are the module's scalar parameters, in order.
+    Each candidate is evaluated on the input and its output regressed on the module's, feature by feature: the slope
+    is the gain. The shape parameters of DyT and Derf are the module's scalar parameters, in order.
     """
     if before.shape != after.shape or before.shape[-1] < 2:
         return None
@@ -51,7 +51,9 @@ def identify_norm(module: nn.Module, before: Tensor, after: Tensor) -> Norm | No
     y = after.detach().double().reshape(-1, after.shape[-1])
     scalars = [float(p.detach()) for p in module.parameters() if p.numel() == 1]
     centred = x - x.mean(-1, keepdim=True)
-    eps = next((float(getattr(module, name)) for name in _EPSILONS if isinstance(getattr(module, name, None), float)), 0.0)
+    eps = next(
+        (float(getattr(module, name)) for name in _EPSILONS if isinstance(getattr(module, name, None), float)), 0.0
+    )
     variance, square = centred.square().mean(-1, keepdim=True), x.square().mean(-1, keepdim=True)
     # LayerNorm and RMSNorm agree when features have no mean; the smaller misfit decides. Epsilon lowers the gain.
     candidates: list[tuple[Tensor, Callable[[float], Norm]]] = [

@@ -62,18 +62,48 @@ _DECODER = {"layers": "num_hidden_layers", "width": "hidden_size", "heads": "num
 _CACHELESS = {"use_cache": False}
 
 HF_NAMES: dict[str, _Architecture] = {
-    "gpt2": _Architecture("GPT2Config", "GPT2Model", "text", "n_layer", "n_embd", "n_head", "n_inner", 4, 64, _CACHELESS),
+    "gpt2": _Architecture(
+        "GPT2Config", "GPT2Model", "text", "n_layer", "n_embd", "n_head", "n_inner", 4, 64, _CACHELESS
+    ),
     "llama": _Architecture(
-        "LlamaConfig", "LlamaModel", "text", **_DECODER, hidden="intermediate_size", ratio=2.6875, d_head=64, extra=_CACHELESS
+        "LlamaConfig",
+        "LlamaModel",
+        "text",
+        **_DECODER,
+        hidden="intermediate_size",
+        ratio=2.6875,
+        d_head=64,
+        extra=_CACHELESS,
     ),
     "mistral": _Architecture(
-        "MistralConfig", "MistralModel", "text", **_DECODER, hidden="intermediate_size", ratio=3.5, d_head=64, extra=_CACHELESS
+        "MistralConfig",
+        "MistralModel",
+        "text",
+        **_DECODER,
+        hidden="intermediate_size",
+        ratio=3.5,
+        d_head=64,
+        extra=_CACHELESS,
     ),
     "qwen2": _Architecture(
-        "Qwen2Config", "Qwen2Model", "text", **_DECODER, hidden="intermediate_size", ratio=2.75, d_head=64, extra=_CACHELESS
+        "Qwen2Config",
+        "Qwen2Model",
+        "text",
+        **_DECODER,
+        hidden="intermediate_size",
+        ratio=2.75,
+        d_head=64,
+        extra=_CACHELESS,
     ),
     "qwen3": _Architecture(
-        "Qwen3Config", "Qwen3Model", "text", **_DECODER, hidden="intermediate_size", ratio=3.0, d_head=64, extra=_CACHELESS
+        "Qwen3Config",
+        "Qwen3Model",
+        "text",
+        **_DECODER,
+        hidden="intermediate_size",
+        ratio=3.0,
+        d_head=64,
+        extra=_CACHELESS,
     ),
     "bert": _Architecture(
         "BertConfig", "BertModel", "text", **_DECODER, hidden="intermediate_size", ratio=4, d_head=64, extra={}
@@ -81,9 +111,7 @@ HF_NAMES: dict[str, _Architecture] = {
     "vit": _Architecture(
         "ViTConfig", "ViTModel", "image", **_DECODER, hidden="intermediate_size", ratio=4, d_head=64, extra={}
     ),
-    "t5": _Architecture(
-        "T5Config", "T5EncoderModel", "text", "num_layers", "d_model", "num_heads", "d_ff", 4, 64, {}
-    ),
+    "t5": _Architecture("T5Config", "T5EncoderModel", "text", "num_layers", "d_model", "num_heads", "d_ff", 4, 64, {}),
 }
 
 
@@ -93,9 +121,10 @@ def load_model(
     """Build a model from a name.
 
     Args:
-        name: ``hf:NAME`` (an architecture from its configuration class), ``timm:NAME``, or ``path/to/file.py:function`` where
-            the function returns an ``nn.Module``.
-        layers, width, heads: Sizes to override; ``None`` keeps the architecture's own (width 256 or more keeps 64 a head).
+        name: ``hf:NAME`` (an architecture from its configuration class), ``timm:NAME``, or
+            ``path/to/file.py:function`` where the function returns an ``nn.Module``.
+        layers, width, heads: Sizes to override; ``None`` keeps the architecture's own (width 256 or more keeps 64 a
+            head).
         seed: Seed of the random weights. The global random state is left as found.
     Raises:
         ModelError: for an unknown name (the nearest is suggested), a file without that function, or impossible sizes.

@@ -1,6 +1,7 @@
 """Watching a forward pass: which leaf modules ran, on which tensors, and every attention operation among them.
 
-The watched modules are left exactly as found: hooks are removed and the fused attention fast path is restored, also after an exception.
+The watched modules are left exactly as found: hooks are removed and the fused attention fast path is restored, also
+after an exception.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class AttentionCall:
     """One attention operation, as scores or as what makes them.
 
     Attributes:
-        queries, keys: Shape ``(batch, heads, n, d_head)`` when the fused kernel was called; ``None`` for a plain softmax.
+        queries, keys: Shape ``(batch, heads, n, d_head)`` when the fused kernel was called; ``None`` for a plain
+            softmax.
         scale: Factor on ``q.k``; ``None`` for a plain softmax.
         causal: Whether the kernel itself masks the future.
         mask: Additive or boolean mask given to the kernel.
@@ -156,13 +158,13 @@ def _from_multihead(
         weights = list(in_proj_weight.detach().chunk(3)[:2])
     biases = [0.0, 0.0] if in_proj_bias is None else list(in_proj_bias.detach().chunk(3)[:2])
     heads = [
-        (x.detach() @ w.T + b).unflatten(-1, (num_heads, d_head)).permute(1, 2, 0, 3)
+        (x.detach() @ w.T + b).reshape(*x.shape[:2], num_heads, d_head).permute(1, 2, 0, 3)
         for x, w, b in zip((query, key), weights, biases, strict=True)
     ]
     hidden = None
     if attn_mask is not None:
         hidden = attn_mask if attn_mask.dtype == torch.bool else torch.isneginf(attn_mask)
-        hidden = hidden.unflatten(0, (-1, num_heads)) if hidden.ndim == 3 else hidden
+        hidden = hidden.reshape(-1, num_heads, *hidden.shape[1:]) if hidden.ndim == 3 else hidden
     if key_padding_mask is not None:
         padding = key_padding_mask if key_padding_mask.dtype == torch.bool else torch.isneginf(key_padding_mask)
         padding = padding[:, None, None, :]
@@ -196,14 +198,14 @@ def hooked(
             if before is not None:
                 handles.append(
                     module.register_forward_pre_hook(
-                        lambda m, a, k, name=name: before(name, m, a, k),  # type: ignore[misc]
+                        lambda m, a, k, name=name: before(name, m, a, k),
                         with_kwargs=True,
                     )
                 )
             if after is not None:
                 handles.append(
                     module.register_forward_hook(
-                        lambda m, a, k, out, name=name: after(name, m, a, k, out),  # type: ignore[misc]
+                        lambda m, a, k, out, name=name: after(name, m, a, k, out),
                         with_kwargs=True,
                     )
                 )

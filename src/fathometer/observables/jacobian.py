@@ -2,11 +2,12 @@ r"""Averaged partial Jacobian norms and gradient amplification, read off transfe
 
 .. math:: J^{m,l} = \frac{1}{n d}\,\mathbb E \left\lVert \frac{\partial x^m}{\partial x^l} \right\rVert_F^2
 
-is the J component at layer l of gradients that start at layer m as isotropic noise, (J, K) = (1, 0). Any other read-out only
-changes the start: (1, 1) for a mean-pooled loss, (1, c) for gradients of mean cosine c between tokens. A loss on one token has, averaged
-over tokens, the boundary (1, 0).
+is the J component at layer l of gradients that start at layer m as isotropic noise, (J, K) = (1, 0). Any other
+read-out only changes the start: (1, 1) for a mean-pooled loss, (1, c) for gradients of mean cosine c between tokens.
+A loss on one token has, averaged over tokens, the boundary (1, 0).
 
-Source: the recursion, Alekseev, arXiv:2604.11890v3; boundaries and the forward-backward duality, derived in the documentation.
+Source: the recursion, Alekseev, arXiv:2604.11890v3; boundaries and the forward-backward duality, derived in the
+    documentation.
 """
 
 from __future__ import annotations

@@ -28,9 +28,9 @@ def predict(
 ) -> Profile:
     """Predict activation and gradient statistics at every layer.
 
-    Give either ``n_tokens``, ``q`` and ``p`` (every token alike; fields of the spec may then be arrays, which makes this a grid),
-    or the ``gram`` matrix of the tokens at the first block. A causal spec always uses the Gram matrix, because its
-    positions are not alike; from ``q`` and ``p`` it starts with equal tokens.
+    Give either ``n_tokens``, ``q`` and ``p`` (every token alike; fields of the spec may then be arrays, which makes
+    this a grid), or the ``gram`` matrix of the tokens at the first block. A causal spec always uses the Gram matrix,
+    because its positions are not alike; from ``q`` and ``p`` it starts with equal tokens.
 
     Args:
         spec: The transformer.
@@ -85,7 +85,9 @@ def profile_of(trajectory: Trajectory | GramTrajectory) -> Profile:
         entropy = trajectory.attention["attention_entropy"]
         curves |= {
             "attention_entropy": entropy,
-            "attention_entropy_relative": entropy / np.log(trajectory.n_tokens) if trajectory.n_tokens > 1 else 1 + entropy,
+            "attention_entropy_relative": entropy / np.log(trajectory.n_tokens)
+            if trajectory.n_tokens > 1
+            else 1 + entropy,
             "participation": _participation(trajectory.attention["inverse_participation"], trajectory.n_tokens),
             "logit_variance": trajectory.attention["logit_variance"],
         }
@@ -118,7 +120,9 @@ def _profile_of_gram(trajectory: GramTrajectory) -> Profile:
         counts = np.stack([step.visible.counts for step in trajectory.steps if step.statistics is not None])
         shape = (len(counts), *(1,) * len(samples), n)
         entropy = trajectory.attention["attention_entropy"]
-        relative = np.where(counts > 1, 1.0, np.nan).reshape(shape) * entropy / np.log(np.maximum(counts, 2)).reshape(shape)
+        relative = (
+            np.where(counts > 1, 1.0, np.nan).reshape(shape) * entropy / np.log(np.maximum(counts, 2)).reshape(shape)
+        )
         curves |= {
             "attention_entropy": entropy.mean(axis=over),
             "attention_entropy_relative": np.nanmean(relative, axis=over) if n > 1 else np.ones(len(counts)),

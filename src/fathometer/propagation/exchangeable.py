@@ -1,7 +1,7 @@
 r"""The Markov chain on two numbers: every token alike.
 
-Forward state: ``q``, the mean square per coordinate, and ``p``, the mean overlap of two different tokens. Backward state: ``J``
-and ``K``, the same two numbers for gradients. One sublayer
+Forward state: ``q``, the mean square per coordinate, and ``p``, the mean overlap of two different tokens. Backward
+state: ``J`` and ``K``, the same two numbers for gradients. One sublayer
 
 .. math:: x \leftarrow N_s(\mu x + \tau N_o(B(N_i(x))))
 
@@ -12,7 +12,8 @@ acts forward by moments and backward by the 2 x 2 transfer matrix
 
 with hats for the slope averages of each norm and ``T_B`` the transfer matrix of the branch.
 
-Sources: forward maps and the MLP transfer, Alekseev, arXiv:2604.11890v3; exact finite-n attention transfer and the score
+Sources: forward maps and the MLP transfer, Alekseev, arXiv:2604.11890v3; exact finite-n attention transfer and the
+    score
 path, derived in the documentation.
 """
 
@@ -142,8 +143,8 @@ class GatedMLPMap:
 def effective_coupling(branch: SelfAttention, q: Any) -> Any:
     """Return ``sigma_QK^2``, the score variance per unit of token overlaps.
 
-    With normalised queries and keys the weight scales drop out: the score covariance is that of unit tokens, so the coupling is
-    the squared score multiplier over the squared second moment of a token.
+    With normalised queries and keys the weight scales drop out: the score covariance is that of unit tokens, so the
+    coupling is the squared score multiplier over the squared second moment of a token.
     """
     if branch.qk_norm:
         return branch.score_multiplier**2 / q**2
@@ -246,8 +247,8 @@ def propagate(spec: Transformer, *, n_tokens: int, q: Any, p: Any, closure: Clos
         p: Mean overlap of two different tokens there.
         closure: How the softmax is averaged.
     Returns:
-        The trajectory. Cost: one pass over the depth, O(batch) work and memory a sublayer; only the forward pass is sequential,
-        the transfer matrices of a run of equal blocks are built in one vectorised call.
+        The trajectory. Cost: one pass over the depth, O(batch) work and memory a sublayer; only the forward pass is
+        sequential, the transfer matrices of a run of equal blocks are built in one vectorised call.
     Raises:
         DomainError: for moments no set of tokens can have.
     """
@@ -319,7 +320,8 @@ def _stack_records(records: Sequence[Record], shape: tuple[int, ...]) -> Record:
     return Record(
         *(
             Moments(
-                _stack([getattr(r, name).q for r in records], shape), _stack([getattr(r, name).p for r in records], shape)
+                _stack([getattr(r, name).q for r in records], shape),
+                _stack([getattr(r, name).p for r in records], shape),
             )
             for name in Record._fields
         )

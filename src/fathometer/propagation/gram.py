@@ -1,14 +1,16 @@
 r"""The Markov chain on the full Gram matrix of the tokens: causal masks, unequal norms, clustered tokens.
 
-With elementwise kernels written as functions of a Gram matrix and ``o`` for the elementwise product, one sublayer acts as
+With elementwise kernels written as functions of a Gram matrix and ``o`` for the elementwise product, one sublayer
+acts as
 
 .. math::
     \tilde\Sigma = N(\Sigma), \qquad
     \Sigma' = \mu^2 \Sigma + \tau^2 N_o\bigl(\sigma_{OV}^2\, \mathcal M \tilde\Sigma\bigr), \qquad
-    \Gamma = \mu^2 \Gamma' + \tau^2 \hat N(\Sigma) \circ \bigl[\sigma_{OV}^2\, \mathcal M^{*} \Gamma' + \text{scores}\bigr]
+    \Gamma = \mu^2 \Gamma' + \tau^2 \hat N(\Sigma) \circ \bigl[\sigma_{OV}^2\, \mathcal M^{*} \Gamma' +
+    \text{scores}\bigr]
 
-for attention, with the mixing ``M`` of the closure, and with elementwise activation kernels for an MLP. Exchangeable tokens are
-the special case of two distinct entries.
+for attention, with the mixing ``M`` of the closure, and with elementwise activation kernels for an MLP. Exchangeable
+tokens are the special case of two distinct entries.
 
 Source: derived in the documentation; the elementwise kernels for unequal variances as cited where they are defined.
 """
@@ -71,11 +73,12 @@ class GramTrajectory:
         """Carry a gradient Gram matrix from the output to every sublayer border.
 
         Args:
-            boundary: Gram matrix of the output gradients over coordinates, shape ``(*batch, n, n)``; the identity (isotropic noise,
-                hence the APJN) by default, the all-ones matrix for a mean-pooled loss.
+            boundary: Gram matrix of the output gradients over coordinates, shape ``(*batch, n, n)``; the identity
+                (isotropic noise, hence the APJN) by default, the all-ones matrix for a mean-pooled loss.
         Returns:
-            ``log_norm`` of shape ``(n_half + 1, *batch)``, the log of the mean square relative to the output, and the matrices
-            divided by that mean square, shape ``(n_half + 1, *batch, n, n)``. Rescaled at every step: no overflow at any depth.
+            ``log_norm`` of shape ``(n_half + 1, *batch)``, the log of the mean square relative to the output, and
+            the matrices divided by that mean square, shape ``(n_half + 1, *batch, n, n)``. Rescaled at every step:
+            no overflow at any depth.
         """
         shape = self.grams.shape[1:]
         start = np.eye(self.n_tokens) if boundary is None else np.asarray(boundary, dtype=np.float64)
@@ -122,6 +125,7 @@ class GramHalfLayer:
         ]
         self._stream = gram
         self._normed = _overlap(self._kernels[0], gram)
+        self.statistics: dict[str, FloatArray] | None = None
         self._closure = closure
         self._branch = self._attend(mixing) if isinstance(sublayer.branch, SelfAttention) else self._perceive()
         out = self._branch if sublayer.output_norm is None else _overlap(self._kernels[1], self._branch)
@@ -175,7 +179,7 @@ class GramHalfLayer:
         if self._scores is not None:
             path, coupling = self._scores
             out = out + (path.forward(coupling * matrix) if forward else coupling * path.backward(matrix))
-        return (branch.value * branch.output) ** 2 * out
+        return np.asarray((branch.value * branch.output) ** 2 * out)
 
     def _attend(self, mixing: Mixing | None) -> FloatArray:
         branch = self.sublayer.branch
@@ -201,7 +205,7 @@ class GramHalfLayer:
             raise NotCoveredError(f"the closure {self._closure.name!r} has no Gram form; accepted: uniform, annealed")
         self.statistics = _row_statistics(self.visible, score_gram, coupling, self._closure)
         gain = (branch.value * branch.output) ** 2
-        return gain * self._mixing.forward(normed) + attention_bias(branch)
+        return np.asarray(gain * self._mixing.forward(normed) + attention_bias(branch))
 
     def _score_path(self, score_gram: FloatArray, coupling: Any) -> tuple[ScorePath, Any]:
         """Return the gradient path through the scores; normalised queries and keys divide it by the tokens' sizes."""
@@ -215,11 +219,10 @@ class GramHalfLayer:
     def _perceive(self) -> FloatArray:
         branch = self.sublayer.branch
         assert not isinstance(branch, SelfAttention)
-        self.statistics = None
         kernel = activation_kernel(branch.activation)
         if isinstance(branch, MLP):
             self._preactivation = branch.mlp_in**2 * self._normed + branch.in_bias**2
-            return branch.mlp_out**2 * _overlap(kernel, self._preactivation) + branch.out_bias**2
+            return np.asarray(branch.mlp_out**2 * _overlap(kernel, self._preactivation) + branch.out_bias**2)
         self._preactivation = branch.gate**2 * self._normed
         scale = (branch.mlp_in * branch.mlp_out) ** 2
         return np.asarray(scale * _overlap(kernel, self._preactivation) * self._normed)
@@ -269,9 +272,7 @@ def check_attention(attention: Any, n_tokens: int) -> FloatArray:
     return matrix
 
 
-def propagate_gram(
-    spec: Transformer, gram: Any, *, closure: Closure, attention: Any | None = None
-) -> GramTrajectory:
+def propagate_gram(spec: Transformer, gram: Any, *, closure: Closure, attention: Any | None = None) -> GramTrajectory:
     """Carry the tokens' Gram matrix through every sublayer.
 
     Args:
@@ -280,8 +281,8 @@ def propagate_gram(
         closure: How the softmax is averaged (``Uniform`` or ``Annealed``).
         attention: Optional fixed row-stochastic matrix used in every layer instead of the closure.
     Returns:
-        The trajectory. Cost: O(n^2) elementwise work a sublayer, times the number of interpolation nodes for annealed attention;
-        memory O(n_half * batch * n^2).
+        The trajectory. Cost: O(n^2) elementwise work a sublayer, times the number of interpolation nodes for
+        annealed attention; memory O(n_half * batch * n^2).
     Raises:
         DomainError: for a matrix that is no Gram matrix, or attention that is not row-stochastic.
     """

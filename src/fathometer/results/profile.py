@@ -1,4 +1,4 @@
-"""One vocabulary for theory and measurement: named curves over layers, with standard errors where they were measured."""
+"""One vocabulary for theory and measurement: named curves over layers, with standard errors where measured."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ VOCABULARY: dict[str, tuple[str, str, str]] = {
     "cosine": ("border", "1", "p / q"),
     "apjn_log": ("border", "nats", "ln J^{L,l}: log averaged partial Jacobian norm from layer l to the output"),
     "apjn_forward_log": ("border", "nats", "ln J^{l,0}: the same from the input to layer l"),
-    "gradient_alignment": ("border", "1", "K / J: mean cosine of the gradients of two tokens, isotropic output gradient"),
+    "gradient_alignment": (
+        "border",
+        "1",
+        "K / J: mean cosine of the gradients of two tokens, isotropic output gradient",
+    ),
     "gradient_log": ("border", "nats", "log gradient amplification of a mean-pooled loss"),
     "attention_entropy": ("layer", "nats", "mean entropy of an attention row"),
     "attention_entropy_relative": ("layer", "1", "entropy over that of uniform attention on the visible keys"),
@@ -92,6 +96,7 @@ class Profile:
 
 
 def _plain(curve: FloatArray) -> Any:
-    array = np.asarray(curve, dtype=object)
-    array = np.where(np.isfinite(np.asarray(curve, dtype=np.float64)), array, None)
-    return array.tolist()
+    values = np.asarray(curve, dtype=np.float64)
+    if np.all(np.isfinite(values)):
+        return values.tolist()
+    return [_plain(row) for row in values] if values.ndim else None

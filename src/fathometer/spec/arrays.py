@@ -59,3 +59,10 @@ def checked_count(owner: object, name: str, *, low: int = 1, high: int = 10_000_
     if not low <= int(value) <= high:
         raise SpecError(f"{where} must lie in [{low}, {high}]; got {int(value)}")
     object.__setattr__(owner, name, int(value))
+
+
+def checked_flag(owner: object, name: str) -> None:
+    """Validate that the field ``name`` is a boolean; a truthy string from a file would silently switch it on."""
+    value = getattr(owner, name)
+    if not isinstance(value, bool):
+        raise SpecError(f"{type(owner).__name__}.{name} must be true or false; got {value!r}")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeAlias
 
 from fathometer.errors import SpecError, nearest
-from fathometer.spec.arrays import Scale, checked, checked_count
+from fathometer.spec.arrays import Scale, checked, checked_count, checked_flag
 from fathometer.spec.pointwise import Pointwise
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "tanh", "erf", "identity")
@@ -58,6 +58,8 @@ class SelfAttention:
     def __post_init__(self) -> None:
         for name in (*self.scale_names, "value_bias", "output_bias", "score_multiplier"):
             checked(self, name)
+        for name in ("causal", "qk_norm"):
+            checked_flag(self, name)
         checked_count(self, "n_heads")
         if self.n_kv_heads is not None:
             checked_count(self, "n_kv_heads")

@@ -200,7 +200,7 @@ class Transformer:
 
         A longer stack repeats its last block; a shorter one is cut from the end.
         """
-        if not isinstance(n_layers, int) or n_layers < 1:
+        if isinstance(n_layers, bool) or not isinstance(n_layers, int) or n_layers < 1:
             raise SpecError(f"n_layers must be a positive integer; got {n_layers!r}")
         kept: list[Block] = []
         left = n_layers

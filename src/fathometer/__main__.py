@@ -1,0 +1,5 @@
+"""``python -m fathometer``."""
+
+from fathometer.cli import main
+
+main()

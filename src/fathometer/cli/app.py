@@ -1,0 +1,171 @@
+"""Thin commands over the Python interface.
+
+Errors are one line and exit code 2; an unhealthy verdict under ``--strict`` is exit code 1.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fathometer.errors import FathometerError, MissingExtraError
+
+app = typer.Typer(
+    name="fathometer",
+    help="A depth sounder for transformers: will it train, why not, and what to change.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ModelName = Annotated[
+    str, typer.Argument(help="hf:NAME, timm:NAME, or path/to/file.py:function returning a torch module.")
+]
+SpecName = Annotated[str, typer.Argument(help="A .toml or .json spec, or preset:NAME (gpt2, bert, llama, vit).")]
+Layers = Annotated[int | None, typer.Option(help="Number of blocks; the architecture's own by default.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+@app.callback()
+def _root() -> None:
+    """Collect commands."""
+
+
+@app.command()
+def diagnose(
+    model: ModelName,
+    layers: Layers = None,
+    width: Annotated[int | None, typer.Option(help="Width of the stream.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Attention heads.")] = None,
+    batch: Annotated[
+        str | None,
+        typer.Option(help="text, photographs, tokens:WIDTHxCOUNT, or a .txt, .pt, .npy or image file."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens per text sample.")] = 64,
+    samples: Annotated[int, typer.Option(help="Samples in the batch.")] = 2,
+    seeds: Annotated[int, typer.Option(help="Weight draws; more give smaller error bars.")] = 4,
+    draws: Annotated[int, typer.Option(help="Random output gradients per weight draw.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    blocks: Annotated[str | None, typer.Option(help="Path of the block container, if it is not found.")] = None,
+    forward: Annotated[bool, typer.Option(help="Also measure the forward APJN.")] = True,
+    closure: Annotated[str, typer.Option(help="How theory averages the softmax: annealed, uniform.")] = "annealed",
+    out: Annotated[Path, typer.Option(help="Folder for report.html, report.json and figures.")] = Path(
+        "fathometer-report"
+    ),
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with code 1 on an unhealthy verdict.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Predict and measure signal propagation on a real model, and say whether it will train."""
+    _quiet_libraries()
+    _require_torch()
+    from rich.console import Console
+
+    from fathometer import diagnosis, measurement, models, report
+
+    loaded = models.load_model(model, layers=layers, width=width, heads=heads, seed=seed)
+    inputs = measurement.load_batch(batch, loaded, n_tokens=tokens, batch_size=samples)
+    with report.progress_reporter() as progress:
+        result = diagnosis.diagnose(
+            loaded.model,
+            inputs,
+            name=model,
+            draws=draws,
+            seeds=seeds,
+            seed=seed,
+            blocks=blocks,
+            closure=_closure(closure),
+            forward=forward,
+            progress=progress,
+        )
+    paths = report.save_report(result, out)
+    if as_json:
+        print(result.to_json())
+    else:
+        console = Console()
+        report.render_terminal(result, console)
+        page = next((path for path in paths if path.suffix == ".html"), out)
+        console.print(f"Report: {page}", highlight=False)
+    if strict and not result.healthy:
+        raise typer.Exit(1)
+
+
+@app.command()
+def predict(
+    spec: SpecName,
+    tokens: Annotated[int, typer.Option(help="Number of tokens.")] = 128,
+    q: Annotated[float, typer.Option(help="Mean square of a token per coordinate at the first block.")] = 1.0,
+    p: Annotated[float, typer.Option(help="Mean overlap of two tokens there, between -q/(tokens-1) and q.")] = 0.4,
+    layers: Layers = None,
+    closure: Annotated[
+        str, typer.Option(help="How the softmax is averaged: annealed, uniform, uniform_large_n.")
+    ] = "annealed",
+    as_json: AsJson = False,
+) -> None:
+    """Predict every layer's statistics from a spec; theory only, no torch."""
+    from fathometer import observables
+    from fathometer import spec as specs
+
+    if spec.startswith("preset:"):
+        described = specs.preset(spec.removeprefix("preset:"), n_layers=layers)
+    else:
+        described = specs.load(spec)
+        if layers is not None:
+            described = described.with_depth(layers)
+    profile = observables.predict(described, n_tokens=tokens, q=q, p=p, closure=closure)
+    if as_json:
+        print(profile.to_json())
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{spec}: {profile.n_layers} blocks, {tokens} tokens, {profile.about['closure']} closure")
+    columns = ("q", "cosine", "apjn_log", "gradient_log", "gradient_alignment")
+    for heading in ("block", "q", "cosine", "ln J to output", "ln pooled gradient", "K/J"):
+        table.add_column(heading, justify="right")
+    count = min(profile.n_layers, 12)
+    for index in sorted({round(i * profile.n_layers / count) for i in range(count + 1)}):
+        table.add_row(str(index), *(f"{profile.curves[name][index]:.5g}" for name in columns))
+    Console().print(table)
+
+
+def main() -> None:
+    """Run the command line; print errors in one line."""
+    try:
+        app()
+    except FathometerError as error:
+        print(f"fathometer: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("fathometer: interrupted; nothing was changed", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _closure(name: str) -> Any:
+    from fathometer.attention import CLOSURES
+    from fathometer.errors import SpecError, nearest
+
+    if name not in CLOSURES:
+        raise SpecError(f"there is no closure {name!r}{nearest(name, CLOSURES)}")
+    return CLOSURES[name]
+
+
+def _require_torch() -> None:
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        raise MissingExtraError("torch", "torch") from None
+
+
+def _quiet_libraries() -> None:
+    """Keep model libraries from looking for hubs or printing advice; set before they are imported."""
+    for name, value in {
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }.items():
+        os.environ.setdefault(name, value)

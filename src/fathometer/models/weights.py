@@ -1,0 +1,297 @@
+"""The weights of a branch: which parameter plays which role, and its scale."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fathometer.errors import NotCoveredError
+from fathometer.models.branches import Branch
+from fathometer.models.identify import identify_activation, identify_gated, identify_norm, rms
+from fathometer.models.trace import AttentionCall, Call, same_tensor
+from fathometer.spec import MLP, GatedMLP, SelfAttention
+
+ROLES = ("query", "key", "value", "output", "mlp_in", "gate", "mlp_out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightSlice:
+    """Where the weight of one role lives: a parameter of the model, and the rows or columns of it.
+
+    Attributes:
+        parameter: Full parameter name.
+        axis: Output axis of the weight: 0 for ``nn.Linear``, 1 for input-first layouts.
+        start, stop: Range along that axis.
+        size: Full extent of that axis.
+    """
+
+    parameter: str
+    axis: int
+    start: int
+    stop: int
+    size: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return the view of ``tensor`` this slice names."""
+        return tensor.narrow(self.axis, self.start, self.stop - self.start)
+
+
+def read_attention(name: str, branch: Branch) -> tuple[SelfAttention, dict[str, WeightSlice]]:
+    call = branch.attention
+    assert call is not None
+    exit_call = branch.exit
+    if isinstance(exit_call.module, nn.MultiheadAttention):
+        return _read_multihead(name, exit_call, call)
+    n_heads = call.n_heads
+    width = exit_call.input.shape[-1]
+    d_head = width // n_heads
+    slices, tensors = _attention_slices(name, branch, width, d_head)
+    scales = {role: _scale(slices[role], tensors[role], branch.source.shape[-1]) for role in ("query", "key", "value")}
+    axis = _out_axis(exit_call)
+    weight = _weight(exit_call)
+    slices["output"] = WeightSlice(
+        parameter=f"{name}.{exit_call.name}.weight",
+        axis=axis,
+        start=0,
+        stop=weight.shape[axis],
+        size=weight.shape[axis],
+    )
+    scales["output"] = rms(weight) * math.sqrt(width)
+    value = next(
+        entry for entry in reversed(branch.entries) if slices["value"].parameter.startswith(f"{name}.{entry.name}.")
+    )
+    kv_width = slices["value"].stop - slices["value"].start
+    qk_norm = any(
+        identify_norm(inner.module, inner.input, inner.output) is not None
+        for inner in branch.inner
+        if any(same_tensor(inner.input, entry.output) for entry in branch.entries)
+        or inner.input.shape[-1] == d_head != width
+    )
+    multiplier = 1.0 if call.scale is None else call.scale * math.sqrt(d_head)
+    if call.scale is None:
+        multiplier = _softmax_multiplier(branch, slices, call, d_head)
+    return (
+        SelfAttention(
+            query=scales["query"],
+            key=scales["key"],
+            value=scales["value"],
+            output=scales["output"],
+            value_bias=_bias_rms(value, slices["value"]),
+            output_bias=_bias_rms(exit_call, None),
+            n_heads=n_heads,
+            n_kv_heads=max(kv_width // d_head, 1),
+            causal=_is_causal(call),
+            score_multiplier=multiplier,
+            qk_norm=qk_norm,
+        ),
+        slices,
+    )
+
+
+def _read_multihead(name: str, event: Call, call: AttentionCall) -> tuple[SelfAttention, dict[str, WeightSlice]]:
+    module = event.module
+    assert isinstance(module, nn.MultiheadAttention)
+    prefix, d = f"{name}.{event.name}", module.embed_dim
+    if module.in_proj_weight is None:
+        raise NotCoveredError(f"{event.name!r}: attention with keys and values of another width")
+    slices = {
+        role: WeightSlice(parameter=f"{prefix}.in_proj_weight", axis=0, start=i * d, stop=(i + 1) * d, size=3 * d)
+        for i, role in enumerate(("query", "key", "value"))
+    }
+    scales = {role: rms(s.of(module.in_proj_weight)) * math.sqrt(d) for role, s in slices.items()}
+    slices["output"] = WeightSlice(parameter=f"{prefix}.out_proj.weight", axis=0, start=0, stop=d, size=d)
+    bias = module.in_proj_bias
+    return (
+        SelfAttention(
+            query=scales["query"],
+            key=scales["key"],
+            value=scales["value"],
+            output=rms(module.out_proj.weight) * math.sqrt(d),
+            value_bias=0.0 if bias is None else rms(bias[2 * d :]),
+            output_bias=0.0 if module.out_proj.bias is None else rms(module.out_proj.bias),
+            n_heads=module.num_heads,
+            n_kv_heads=module.num_heads,
+            causal=_is_causal(call),
+        ),
+        slices,
+    )
+
+
+def _attention_slices(
+    name: str, branch: Branch, width: int, d_head: int
+) -> tuple[dict[str, WeightSlice], dict[str, Tensor]]:
+    """Assign query, key and value to the entry linears: three of them in call order, or one fused in that order."""
+    entries = branch.entries
+    if len(entries) == 3:
+        ordered = _by_name(entries)
+        slices = {}
+        tensors = {}
+        for role, entry in zip(("query", "key", "value"), ordered, strict=True):
+            axis, weight = _out_axis(entry), _weight(entry)
+            slices[role] = WeightSlice(
+                parameter=f"{name}.{entry.name}.weight",
+                axis=axis,
+                start=0,
+                stop=weight.shape[axis],
+                size=weight.shape[axis],
+            )
+            tensors[role] = weight
+        return slices, tensors
+    if len(entries) == 1:
+        entry = entries[0]
+        axis, weight = _out_axis(entry), _weight(entry)
+        total = weight.shape[axis]
+        kv = (total - width) // 2
+        if kv <= 0 or width + 2 * kv != total or kv % d_head:
+            raise NotCoveredError(f"{entry.name!r}: cannot split {total} outputs into query, key and value of {width}")
+        bounds = {"query": (0, width), "key": (width, width + kv), "value": (width + kv, total)}
+        parameter = f"{name}.{entry.name}.weight"
+        slices = {
+            role: WeightSlice(parameter=parameter, axis=axis, start=a, stop=b, size=total)
+            for role, (a, b) in bounds.items()
+        }
+        return slices, dict.fromkeys(slices, weight)
+    raise NotCoveredError(f"attention with {len(entries)} input maps; accepted: three, or one fused")
+
+
+def _by_name(entries: list[Call]) -> list[Call]:
+    """Return query, key, value in that order: by their first letter when it tells, else in call order."""
+    found = {}
+    for entry in entries:
+        leaf = entry.name.rpartition(".")[2].lower()
+        for letter in "qkv":
+            if leaf.startswith(letter) or leaf.endswith(f"_{letter}"):
+                found[letter] = entry
+    return [found[letter] for letter in "qkv"] if len(found) == 3 else entries
+
+
+def _softmax_multiplier(branch: Branch, slices: dict[str, WeightSlice], call: AttentionCall, d_head: int) -> float:
+    """Return the score multiplier of a plain softmax by regressing its logits' spread on queries times keys."""
+    outputs = {}
+    for role in ("query", "key"):
+        part = slices[role]
+        entry = next(e for e in branch.entries if part.parameter.rpartition(".")[0].endswith(e.name))
+        outputs[role] = entry.output.narrow(-1, part.start, part.stop - part.start)
+    logits = call.logits
+    assert logits is not None
+    queries, keys = (
+        t.reshape(*t.shape[:2], -1, d_head).transpose(1, 2).double() for t in (outputs["query"], outputs["key"])
+    )
+    if keys.shape[1] != queries.shape[1]:
+        keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1)
+    products = (queries @ keys.transpose(-1, -2)) / math.sqrt(d_head)
+    target = logits.double().reshape(products.shape)
+    seen = target > -1e30
+    x, y = products[seen], target[seen]
+    return float((x @ y) / (x @ x)) if float(x @ x) > 0 else 1.0
+
+
+def read_mlp(name: str, branch: Branch) -> tuple[MLP | GatedMLP, dict[str, WeightSlice]]:
+    exit_call, entries = branch.exit, branch.entries
+    d_in, hidden = branch.source.shape[-1], exit_call.input.shape[-1]
+    after = exit_call.input
+    out_axis, out_weight = _out_axis(exit_call), _weight(exit_call)
+    roles = {
+        "mlp_out": WeightSlice(
+            parameter=f"{name}.{exit_call.name}.weight",
+            axis=out_axis,
+            start=0,
+            stop=out_weight.shape[out_axis],
+            size=out_weight.shape[out_axis],
+        )
+    }
+    mlp_out = rms(out_weight) * math.sqrt(hidden)
+    ratio = hidden / d_in
+    slices = []
+    for entry in entries:
+        axis, weight = _out_axis(entry), _weight(entry)
+        parts = 2 if len(entries) == 1 and weight.shape[axis] == 2 * hidden else 1
+        step = weight.shape[axis] // parts
+        for i in range(parts):
+            part = WeightSlice(
+                parameter=f"{name}.{entry.name}.weight",
+                axis=axis,
+                start=i * step,
+                stop=(i + 1) * step,
+                size=step * parts,
+            )
+            scale = rms(part.of(weight)) * math.sqrt(d_in)
+            slices.append((part, scale, entry.output.narrow(-1, i * step, step), _bias_rms(entry, part)))
+    if len(slices) == 1:
+        part, scale, before, bias = slices[0]
+        activation = identify_activation(before, after)
+        if activation is None:
+            raise NotCoveredError(
+                f"the activation between {entries[0].name!r} and {exit_call.name!r} is none the theory knows"
+            )
+        roles["mlp_in"] = part
+        mlp = MLP(
+            mlp_in=scale,
+            mlp_out=mlp_out,
+            activation=activation,
+            in_bias=bias,
+            out_bias=_bias_rms(exit_call, None),
+            ratio=ratio,
+        )
+        return mlp, roles
+    if len(slices) != 2:
+        raise NotCoveredError(f"an MLP with {len(slices)} input maps; accepted: one, or two for a gated MLP")
+    for gate, linear in (slices, slices[::-1]):
+        activation = identify_gated(gate[2], linear[2], after)
+        if activation is not None:
+            roles["gate"], roles["mlp_in"] = gate[0], linear[0]
+            gated = GatedMLP(gate=gate[1], mlp_in=linear[1], mlp_out=mlp_out, activation=activation, ratio=ratio)
+            return gated, roles
+    raise NotCoveredError(f"{exit_call.name!r} does not take activation(gate) * linear of its two input maps")
+
+
+def _is_causal(call: AttentionCall) -> bool:
+    """Return whether every query sees exactly the keys up to its own position.
+
+    Raises:
+        NotCoveredError: for any other mask that hides keys.
+    """
+    hidden = torch.isneginf(call.scores()[:1, :1])[0, 0]
+    if not bool(hidden.any()):
+        return False
+    n_queries, n_keys = hidden.shape
+    future = torch.ones(n_queries, n_keys, dtype=torch.bool, device=hidden.device).triu(1)
+    if n_queries == n_keys and bool((hidden == future).all()):
+        return True
+    raise NotCoveredError("an attention mask that is neither full nor causal (padding, windows or blocks)")
+
+
+def _weight(call: Call) -> Tensor:
+    weight = call.module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _out_axis(call: Call) -> int:
+    """Return the output axis of a linear map's weight, by its shape or, for a square one, by what it computed."""
+    weight = _weight(call)
+    n_in, n_out = call.input.shape[-1], call.output.shape[-1]
+    if n_in != n_out:
+        return 0 if tuple(weight.shape) == (n_out, n_in) else 1
+    bias: Any = getattr(call.module, "bias", None)
+    x = call.input.detach().reshape(-1, n_in)[:2].double()
+    y = call.output.detach().reshape(-1, n_out)[:2].double()
+    if isinstance(bias, Tensor):
+        y = y - bias.detach().double()
+    w = weight.detach().double()
+    return 0 if float((x @ w.T - y).abs().max()) <= float((x @ w - y).abs().max()) else 1
+
+
+def _scale(part: WeightSlice, weight: Tensor, fan_in: int) -> float:
+    return rms(part.of(weight)) * math.sqrt(fan_in)
+
+
+def _bias_rms(call: Call, part: WeightSlice | None) -> float:
+    bias: Any = getattr(call.module, "bias", None)
+    if not isinstance(bias, Tensor):
+        return 0.0
+    return rms(bias if part is None else bias[part.start : part.stop])

@@ -1,0 +1,181 @@
+"""The panels with a curve over layers. Each takes a report or profiles, and axes or none, and returns the axes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fathometer.plotting.canvas import FIRST, SECOND, axes_or_new, dress
+from fathometer.plotting.marks import (
+    bitten,
+    end_of_numbers,
+    finish,
+    key,
+    limit_line,
+    measured_points,
+    nothing,
+    theory_line,
+)
+from fathometer.plotting.scales import LOG_RANGE, Scale, Series, scale_for, series
+from fathometer.plotting.subject import Drawable, Subject, subject_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+FloatArray = NDArray[np.float64]
+Quantity = tuple[str, str, str]  # curve, label, colour
+
+_STREAM: tuple[Quantity, ...] = (("q", "q", FIRST), ("p", "p", SECOND))
+_GRADIENTS: tuple[Quantity, ...] = (
+    ("apjn_log", "token (APJN)", FIRST),
+    ("gradient_log", "pooled loss", SECOND),
+)
+_BRANCHES: tuple[Quantity, ...] = (("attention_added_q", "attention", FIRST), ("mlp_added_q", "MLP", SECOND))
+
+
+def draw_stream(source: Drawable | Subject, ax: Axes | None = None, *, sources: bool = True) -> Axes:
+    """Draw the mean square ``q`` and the overlap ``p`` of tokens on the stream.
+
+    Args:
+        source: A report, a profile, or theory and measurement.
+        ax: Where to draw; new axes if ``None``.
+        sources: Whether the key says what lines and points mean.
+    """
+    subject, ax = subject_of(source), axes_or_new(ax)
+    dress(ax, "Stream", ylabel="mean square and overlap per coordinate")
+    scale = _draw(ax, subject, _STREAM)
+    if scale is not Scale.EXPONENT and "level_high" in subject.limits:
+        limit_line(ax, subject.limits["level_high"])
+    return _close(ax, subject, _STREAM, ("signal_growth",), sources)
+
+
+def draw_cosine(source: Drawable | Subject, ax: Axes | None = None, *, sources: bool = True) -> Axes:
+    """Draw the cosine between tokens; where tokens all but coincide, draw ``1 - cosine`` on a logarithmic axis."""
+    subject, ax = subject_of(source), axes_or_new(ax)
+    collapsing = _angle_range(subject) > LOG_RANGE
+    dress(ax, "Angle between tokens", ylabel="1 − cosine" if collapsing else "cosine")
+    if not subject.has("cosine"):
+        nothing(ax, "no cosine in this profile")
+        return ax
+    for profile in subject.profiles:
+        curve = series(profile, "cosine", Scale.LINEAR)
+        if collapsing:
+            curve = Series(1 - curve.values, 1 - curve.high, 1 - curve.low)
+        _mark(ax, profile.source, curve, FIRST, "cosine")
+    scale = Scale.LOG if collapsing else Scale.LINEAR
+    finish(ax, scale, subject.n_layers, bounds=None if collapsing else (0.0, 1.0))
+    if "angle_low" in subject.limits:
+        low = subject.limits["angle_low"]
+        limit_line(ax, low if collapsing else 1 - low)
+    return _close(ax, subject, (("cosine", "cosine", FIRST),), ("rank_collapse",), sources)
+
+
+def draw_gradients(source: Drawable | Subject, ax: Axes | None = None, *, sources: bool = True) -> Axes:
+    """Draw how much gradients grow from the output back to each block, for one token and for a mean-pooled loss."""
+    subject, ax = subject_of(source), axes_or_new(ax)
+    dress(ax, "Gradients, output to input")
+    scale = _draw(ax, subject, _GRADIENTS)
+    ax.set_ylabel("log10 of growth" if scale is Scale.EXPONENT else "mean square, relative to the output")
+    if scale is not Scale.EXPONENT:
+        for limit in _gradient_limits(subject):
+            limit_line(ax, limit)
+    return _close(ax, subject, _GRADIENTS, ("exploding_gradients", "vanishing_gradients"), sources)
+
+
+def draw_forward(source: Drawable | Subject, ax: Axes | None = None, *, sources: bool = True) -> Axes:
+    """Draw how much a small perturbation of the first block's input grows on the way down (forward APJN)."""
+    subject, ax = subject_of(source), axes_or_new(ax)
+    dress(ax, "Perturbations, input to output")
+    quantity = (("apjn_forward_log", "forward APJN", FIRST),)
+    scale = _draw(ax, subject, quantity)
+    ax.set_ylabel("log10 of growth" if scale is Scale.EXPONENT else "mean square, relative to the input")
+    return _close(ax, subject, quantity, (), sources)
+
+
+def draw_branches(source: Drawable | Subject, ax: Axes | None = None, *, sources: bool = True) -> Axes:
+    """Draw the mean square that attention and the MLP add to the stream in each block."""
+    subject, ax = subject_of(source), axes_or_new(ax)
+    dress(ax, "What branches add", ylabel="mean square added per block")
+    _draw(ax, subject, _BRANCHES)
+    return _close(ax, subject, _BRANCHES, ("dominant_branch", "negligible_branch"), sources)
+
+
+def draw_attention_entropy(source: Drawable | Subject, ax: Axes | None = None, *, sources: bool = True) -> Axes:
+    """Draw the entropy of attention rows, relative to uniform attention."""
+    subject, ax = subject_of(source), axes_or_new(ax)
+    dress(ax, "Attention entropy", ylabel="share of the entropy of uniform attention")
+    quantity = (("attention_entropy_relative", "entropy", FIRST),)
+    _draw(ax, subject, quantity, bounds=(0.0, 1.05))
+    if "entropy_low" in subject.limits and subject.has("attention_entropy_relative"):
+        limit_line(ax, subject.limits["entropy_low"])
+    return _close(ax, subject, quantity, ("attention_concentrated",), sources)
+
+
+def draw_score_variance(source: Drawable | Subject, ax: Axes | None = None, *, sources: bool = True) -> Axes:
+    """Draw the variance of attention scores over the keys a query sees."""
+    subject, ax = subject_of(source), axes_or_new(ax)
+    dress(ax, "Attention score variance", ylabel="variance over visible keys")
+    quantity = (("logit_variance", "score variance", FIRST),)
+    _draw(ax, subject, quantity)
+    return _close(ax, subject, quantity, (), sources)
+
+
+def _draw(
+    ax: Axes, subject: Subject, quantities: Sequence[Quantity], *, bounds: tuple[float, float] | None = None
+) -> Scale:
+    names = [name for name, _, _ in quantities]
+    if not subject.has(*names):
+        nothing(ax, "not measured" if subject.measured is not None else "not predicted")
+        return Scale.LINEAR
+    curves = [profile.curves[name] for profile in subject.profiles for name in names if name in profile.curves]
+    if not any(np.isfinite(curve).any() for curve in curves):
+        nothing(ax, "no finite values")
+        return Scale.LINEAR
+    scale = Scale.LINEAR if bounds is not None else scale_for(subject, names)
+    for profile in subject.profiles:
+        for name, label, colour in quantities:
+            if name in profile.curves:
+                _mark(ax, profile.source, series(profile, name, scale), colour, label)
+    finish(ax, scale, subject.n_layers, bounds=bounds)
+    end_of_numbers(ax, curves)
+    return scale
+
+
+def _mark(ax: Axes, source: str, curve: Series, colour: str, label: str) -> None:
+    if source == "theory":
+        theory_line(ax, curve.values, colour, label)
+    else:
+        measured_points(ax, curve, colour, label)
+
+
+def _close(
+    ax: Axes, subject: Subject, quantities: Sequence[Quantity], findings: Sequence[str], sources: bool
+) -> Axes:
+    shown = [(label, colour) for name, label, colour in quantities if subject.has(name)]
+    if shown:
+        bitten(ax, subject.found(*findings), subject.n_layers)
+        key(ax, shown, subject, sources=sources)
+    return ax
+
+
+def _angle_range(subject: Subject) -> float:
+    angles = [1 - profile.curves["cosine"] for profile in subject.profiles if "cosine" in profile.curves]
+    everything = np.concatenate(angles) if angles else np.ones(1)
+    everything = everything[np.isfinite(everything) & (everything > 0)]
+    return float(everything.max() / everything.min()) if everything.size else 1.0
+
+
+def _gradient_limits(subject: Subject) -> list[FloatArray]:
+    """Return the limits of both gradient criteria on the axis of J: they also weigh J with the stream's growth q_l / q_L."""
+    limits, profile = subject.limits, subject.profiles[0]
+    if not {"sensitivity_high", "sensitivity_low", "amplification_high"} <= set(limits) or "q" not in profile.curves:
+        return []
+    with np.errstate(all="ignore"):
+        growth = profile.curves["q"][-1] / profile.curves["q"]
+        high = limits["sensitivity_high"] * growth
+    high = np.minimum(high, limits["amplification_high"])
+    high[0] = np.nan  # the first block is judged by its sensitivity alone
+    return [high, limits["sensitivity_low"] * np.minimum(growth, 1.0)]

@@ -1,0 +1,72 @@
+"""Which axis a set of curves needs, and the numbers that go onto it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fathometer.plotting.subject import Subject
+from fathometer.results import Profile
+
+FloatArray = NDArray[np.float64]
+
+#: Largest over smallest value from which an axis is logarithmic.
+LOG_RANGE = 30.0
+_LARGEST_EXPONENT = 600.0
+
+
+class Scale(Enum):
+    """How numbers are put on an axis."""
+
+    LINEAR = "linear"
+    LOG = "log"
+    #: The axis carries log10 of numbers too large for a float.
+    EXPONENT = "exponent"
+
+
+@dataclass(frozen=True)
+class Series:
+    """A curve ready to draw: values, and the ends of one standard error either way."""
+
+    values: FloatArray
+    low: FloatArray
+    high: FloatArray
+
+
+def series(profile: Profile, name: str, scale: Scale) -> Series:
+    """Return a curve in the numbers of the axis; the error of a ``_log`` curve is a factor either way."""
+    values = np.asarray(profile.curves[name], dtype=np.float64)
+    errors = np.asarray(profile.errors.get(name, np.zeros_like(values)), dtype=np.float64)
+    with np.errstate(invalid="ignore"):
+        bounds = (values, values - errors, values + errors)
+    if not name.endswith("_log"):
+        return Series(*bounds)
+    if scale is Scale.EXPONENT:
+        return Series(*(np.asarray(bound / math.log(10)) for bound in bounds))
+    return Series(*(np.exp(bound) for bound in bounds))
+
+
+def scale_for(subject: Subject, names: Sequence[str]) -> Scale:
+    """Choose the axis for these curves of the subject: logarithmic where they span more than a factor of 30.
+
+    Curves that are nowhere positive do not count; values that are not positive are left out of a logarithmic axis.
+    """
+    logs = []
+    for profile in subject.profiles:
+        for name in names:
+            if name in profile.curves:
+                curve = np.asarray(profile.curves[name], dtype=np.float64)
+                if not name.endswith("_log"):
+                    curve = np.log(curve[np.isfinite(curve) & (curve > 0)])
+                logs.append(curve[np.isfinite(curve)])
+    everything = np.concatenate(logs) if logs else np.zeros(0)
+    if everything.size == 0:
+        return Scale.LINEAR
+    if max(abs(everything.max()), abs(everything.min())) > _LARGEST_EXPONENT and any(n.endswith("_log") for n in names):
+        return Scale.EXPONENT
+    return Scale.LOG if everything.max() - everything.min() > math.log(LOG_RANGE) else Scale.LINEAR
