@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from scipy.special import expit
 
 
 class AttentionStatistics(NamedTuple):
@@ -141,8 +142,10 @@ class Annealed:
     def statistics(self, n_tokens: int, variance: Any, correlation: Any) -> AttentionStatistics:
         """See :class:`Closure`."""
         others = n_tokens - 1
-        y2 = 1 / (1 + others * np.exp(-variance))
-        y12 = 1 / (1 + others * np.exp(-variance * correlation))
+        # log(0) for a single token would warn; there every weight is one
+        shift = np.log(others) if others else -np.inf
+        y2 = expit(variance - shift)
+        y12 = expit(variance * correlation - shift)
         on = 1.0 if self.score_path else 0.0
         return AttentionStatistics(
             y2=y2,

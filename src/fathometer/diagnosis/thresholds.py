@@ -29,7 +29,7 @@ class Thresholds:
 
     sensitivity_high: float = 100.0
     amplification_high: float = 1e4
-    resolved_low: float = 1e-2
+    resolved_low: float = 0.1
     angle_low: float = 0.02
     angle_shrink: float = 0.1
     entropy_low: float = 0.4
@@ -44,7 +44,7 @@ class Thresholds:
         return Thresholds(
             sensitivity_high=self.sensitivity_high / 10,
             amplification_high=self.amplification_high / 10,
-            resolved_low=min(self.resolved_low * 5, 0.5),
+            resolved_low=min(self.resolved_low * 3, 0.5),
             angle_low=min(self.angle_low * 2, 0.5),
             angle_shrink=min(self.angle_shrink * 2, 0.5),
             entropy_low=(1 + self.entropy_low) / 2,

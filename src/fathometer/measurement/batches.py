@@ -57,7 +57,8 @@ def as_batch(inputs: Any) -> Batch:
     if not batch.tensors:
         raise BatchError("a batch must hold at least one tensor; got none")
     for tensor in batch.tensors:
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        additive_mask = bool(((tensor == 0) | torch.isneginf(tensor)).all())
+        if tensor.is_floating_point() and not additive_mask and not bool(torch.isfinite(tensor).all()):
             raise BatchError("the batch holds NaN or infinity")
         if tensor.numel() == 0:
             raise BatchError(f"the batch holds an empty tensor of shape {tuple(tensor.shape)}")

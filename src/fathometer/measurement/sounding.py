@@ -18,7 +18,9 @@ Source: the estimator, Doshi et al., arXiv:2111.12143; the single reverse pass a
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,7 +114,9 @@ def record_calls(model: nn.Module, stack: Stack, batch: Batch, tangent: bool, se
     named = dict(zip(stack.names, stack.blocks, strict=True))
     with torch.no_grad(), hooked(named, after=after, before=before):
         if tangent:
-            with forward_ad.dual_level(), sdpa_kernel([SDPBackend.MATH]):
+            with warnings.catch_warnings(), forward_ad.dual_level(), sdpa_kernel([SDPBackend.MATH]):
+                # The framework scripts its forward derivatives on first use and warns of its own deprecation.
+                warnings.simplefilter("ignore", DeprecationWarning)
                 batch.call(model)
         else:
             batch.call(model)
@@ -134,6 +138,7 @@ def sound(
     pooled: bool = True,
     added_scales: list[list[float]] | None = None,
     progress: Progress | None = None,
+    watch: bool = True,
     check_state: bool = False,
     inspect: Callable[[int, Tensor, Tensor, Trace], None] | None = None,
 ) -> Sounding:
@@ -147,6 +152,7 @@ def sound(
         pooled: Whether to measure the gradient amplification of a mean-pooled loss.
         added_scales: Per block and branch, the factor between the branch's output and the stream; ``None`` skips
             branch curves.
+        watch: Whether to look inside blocks at branches and attention; without it only the stream and gradients are measured.
         progress: Called with the number of blocks done, out of twice the depth.
         check_state: Whether to verify that running a block twice gives the same output.
         inspect: Called with (layer, stream before, stream after, trace) of every block.
@@ -179,7 +185,7 @@ def sound(
         call = calls[layer]
         block = stack.blocks[layer]
         leaf = call.stream.detach().requires_grad_()
-        with torch.enable_grad(), tracing(block) as trace:
+        with torch.enable_grad(), tracing(block) if watch else nullcontext(Trace()) as trace:
             out = call.run(block, leaf)
         if check_state and call.output is not None:
             _check_repeatable(stack.names[layer], out, call.output)

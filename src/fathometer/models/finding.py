@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fathometer.errors import ModelError, nearest
-from fathometer.models.trace import first_tensor, hooked, same_tensor
+from fathometer.models.trace import first_tensor, hooked, same_tensor, watch_attention
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,21 @@ class Stack:
         return self.names[0] if len(self) == 1 else f"{self.names[0]} ... {self.names[-1]}"
 
 
-def find_stacks(model: nn.Module, forward: Callable[[], Any]) -> list[Stack]:
-    """Return every run of two or more same-class blocks, the longest first.
+@dataclass
+class _Run:
+    """Calls of one class chained by their tensors."""
 
-    One hooked forward pass. A block's output must *be* the next one's input: the same memory, with equal shapes for
-    input and output. Among nested candidates of equal length the outermost wins.
+    names: list[str]
+    end: Tensor
+    attends: bool
+
+
+def find_stacks(model: nn.Module, forward: Callable[[], Any]) -> list[Stack]:
+    """Return every run of two or more same-class blocks, the best first.
+
+    One hooked forward pass. A block's output must *be* the next one's input: the same memory, with equal shapes for input
+    and output. Runs in which every module attends come before those in which some do not (a run of single sublayers);
+    then the longest, then the outermost.
 
     Args:
         model: The model.
@@ -47,38 +57,41 @@ def find_stacks(model: nn.Module, forward: Callable[[], Any]) -> list[Stack]:
         ModelError: if no run exists; names what was seen and the override.
     """
     candidates = {name: module for name, module in model.named_modules() if name and _matrices(module) >= 2}
-    seen: list[tuple[str, Tensor, Tensor]] = []
+    runs: list[_Run] = []
+    open_runs: dict[type, list[_Run]] = {}
+    seen: set[str] = set()
+    attention: list[None] = []
+    entered: dict[str, int] = {}
+
+    def before(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entered[name] = len(attention)
 
     def after(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         source, result = first_tensor(args, kwargs), first_tensor((out,), {})
-        if source is not None and result is not None and source.shape == result.shape and source.ndim >= 3:
-            seen.append((name, source.detach(), result.detach()))
-
-    with torch.no_grad(), hooked(candidates, after=after):
-        forward()
-    runs: list[list[str]] = []
-    ends: dict[type, list[tuple[list[str], Tensor]]] = {}
-    for name, source, result in seen:
-        open_runs = ends.setdefault(type(candidates[name]), [])
-        match = next((entry for entry in open_runs if same_tensor(entry[1], source)), None)
-        if match is None:
-            run: list[str] = []
+        if source is None or result is None or source.shape != result.shape or source.ndim < 3:
+            return
+        seen.add(type(module).__name__)
+        attends = len(attention) > entered[name]
+        waiting = open_runs.setdefault(type(module), [])
+        run = next((run for run in waiting if same_tensor(run.end, source)), None)
+        if run is None:
+            run = _Run([], result, attends)
+            waiting.append(run)
             runs.append(run)
-        else:
-            run = match[0]
-            open_runs.remove(match)
-        run.append(name)
-        open_runs.append((run, result))
-    runs = [run for run in runs if len(run) >= 2 and len(set(run)) == len(run)]
+        run.names.append(name)
+        run.end, run.attends = result.detach(), run.attends and attends
+
+    with torch.no_grad(), hooked(candidates, after=after, before=before), watch_attention(lambda _: attention.append(None)):
+        forward()
+    runs = [run for run in runs if len(run.names) >= 2 and len(set(run.names)) == len(run.names)]
     if not runs:
-        tried = sorted({type(candidates[name]).__name__ for name, _, _ in seen})
         raise ModelError(
             "no blocks found: no two modules of one class pass a tensor on unchanged in shape"
-            f" (looked at {', '.join(tried) or 'no module with two weight matrices'}); "
+            f" (looked at {', '.join(sorted(seen)) or 'no module with two weight matrices'}); "
             "name them with blocks='path.to.modulelist'"
         )
-    runs.sort(key=lambda run: (-len(run), run[0].count(".")))
-    return [Stack(tuple(run), tuple(candidates[name] for name in run)) for run in runs]
+    runs.sort(key=lambda run: (not run.attends, -len(run.names), run.names[0].count(".")))
+    return [Stack(tuple(run.names), tuple(candidates[name] for name in run.names)) for run in runs]
 
 
 def named_stack(model: nn.Module, blocks: str | Sequence[nn.Module]) -> Stack:

@@ -1,6 +1,7 @@
 """Pictures of results: theory as lines, measurement as points with error bars. Nothing here computes a result.
 
-Every ``draw_*`` function takes a report, a profile, or a theory and a measured profile together, draws on the axes it is given
+Every ``draw_*`` function takes a report, a profile, or a theory and a measured profile together, draws on the axes it
+is given
 (or on new ones) and returns them. No pyplot, no global style, no global state.
 """
 

@@ -17,14 +17,18 @@ INK = "#1f2328"
 MUTED = "#66707b"
 GRID = "#e3e7eb"
 PAPER = "#ffffff"
-# First and second quantity of a panel: the blue and vermilion of Okabe and Ito, told apart with any colour vision and in grey.
+# Quantities of a panel: the blue, vermilion and green of Okabe and Ito, told apart with any colour vision and
+# in grey.
 FIRST = "#0072b2"
 SECOND = "#d55e00"
+THIRD = "#009e73"
 # Thirds of the depth, from the input to the output.
 THIRDS = ("#9ecae1", "#4292c6", "#08519c")
 ALARM = "#b42318"
 CALM = "#1a7f4b"
 CAUTION = "#9a6700"
+#: Width and height of one panel, inches.
+PANEL_SIZE = (5.8, 3.7)
 
 _NAMES = {
     INK: "ink",
@@ -33,6 +37,7 @@ _NAMES = {
     PAPER: "paper",
     FIRST: "first",
     SECOND: "second",
+    THIRD: "third",
     ALARM: "alarm",
     **{colour: f"third-{i + 1}" for i, colour in enumerate(THIRDS)},
 }
@@ -52,7 +57,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 def axes_or_new(ax: Axes | None) -> Axes:
     """Return the axes given, or those of a new figure."""
-    return new_figure(5.8, 3.7).add_subplot() if ax is None else ax
+    return new_figure(*PANEL_SIZE).add_subplot() if ax is None else ax
 
 
 def dress(ax: Axes, title: str, *, xlabel: str = "block", ylabel: str = "") -> None:
@@ -78,7 +83,8 @@ def to_png(figure: Figure, *, dpi: int = 144) -> bytes:
 def to_svg(figure: Figure, *, prefix: str) -> str:
     """Return the figure as an ``<svg>`` element to put into a page.
 
-    Colours become CSS variables (``--plot-ink``, ``--plot-first``, ...), so that the page decides between light and dark; identifiers
+    Colours become CSS variables (``--plot-ink``, ``--plot-first``, ...), so that the page decides between light and
+    dark; identifiers
     start with ``prefix``, so that several figures can share a page, and the same figure always gives the same text.
     """
     text = _saved(figure, "svg", 72).decode("utf-8")

@@ -29,7 +29,8 @@ SHORT = {
 def draw_fold_errors(source: Drawable | Subject, ax: Axes | None = None, *, sources: bool = True) -> Axes:
     """Draw the fold error of every compared curve in the first, middle and last third of the depth.
 
-    The number under each name is the fold error over the whole depth. A short line marks the fold that the scatter of weight draws alone would give; 1 is perfect agreement.
+    The number under each name is the fold error over the whole depth. A short line marks the fold that the scatter of
+    weight draws alone would give; 1 is perfect agreement.
     """
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from fathometer.plotting.canvas import FIRST, SECOND, axes_or_new, dress
+from fathometer.plotting.canvas import FIRST, SECOND, THIRD, axes_or_new, dress
 from fathometer.plotting.marks import (
     bitten,
-    end_of_numbers,
     finish,
     key,
+    left_out,
     limit_line,
     measured_points,
     nothing,
@@ -21,6 +21,7 @@ from fathometer.plotting.marks import (
 )
 from fathometer.plotting.scales import LOG_RANGE, Scale, Series, scale_for, series
 from fathometer.plotting.subject import Drawable, Subject, subject_of
+from fathometer.results import Profile
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,15 +75,25 @@ def draw_cosine(source: Drawable | Subject, ax: Axes | None = None, *, sources: 
 
 
 def draw_gradients(source: Drawable | Subject, ax: Axes | None = None, *, sources: bool = True) -> Axes:
-    """Draw how much gradients grow from the output back to each block, for one token and for a mean-pooled loss."""
+    """Draw how much gradients grow from the output back to each block, for one token and for a mean-pooled loss.
+
+    Where gradients vanish, the criterion reads the part of J that tells tokens apart, J - K; then that is drawn too.
+    """
     subject, ax = subject_of(source), axes_or_new(ax)
     dress(ax, "Gradients, output to input")
-    scale = _draw(ax, subject, _GRADIENTS)
+    vanishing = bool(subject.found("vanishing_gradients"))
+    scale = _draw(ax, subject, _GRADIENTS, logarithmic=vanishing)
     ax.set_ylabel("log10 of growth" if scale is Scale.EXPONENT else "mean square, relative to the output")
-    if scale is not Scale.EXPONENT:
-        for limit in _gradient_limits(subject):
-            limit_line(ax, limit)
-    return _close(ax, subject, _GRADIENTS, ("exploding_gradients", "vanishing_gradients"), sources)
+    if vanishing:
+        for profile in subject.profiles:
+            if {"apjn_log", "gradient_alignment"} <= set(profile.curves):
+                _mark(ax, profile.source, _resolved(profile, scale), THIRD, "apart")
+        if scale is not Scale.EXPONENT and "resolved_low" in subject.limits:
+            limit_line(ax, subject.limits["resolved_low"])
+    if scale is not Scale.EXPONENT and (limit := _gradient_limit(subject)) is not None:
+        limit_line(ax, limit)
+    shown = (*_GRADIENTS, ("gradient_alignment", "apart", THIRD)) if vanishing else _GRADIENTS
+    return _close(ax, subject, shown, ("exploding_gradients", "vanishing_gradients"), sources)
 
 
 def draw_forward(source: Drawable | Subject, ax: Axes | None = None, *, sources: bool = True) -> Axes:
@@ -124,23 +135,30 @@ def draw_score_variance(source: Drawable | Subject, ax: Axes | None = None, *, s
 
 
 def _draw(
-    ax: Axes, subject: Subject, quantities: Sequence[Quantity], *, bounds: tuple[float, float] | None = None
+    ax: Axes,
+    subject: Subject,
+    quantities: Sequence[Quantity],
+    *,
+    bounds: tuple[float, float] | None = None,
+    logarithmic: bool = False,
 ) -> Scale:
     names = [name for name, _, _ in quantities]
     if not subject.has(*names):
         nothing(ax, "not measured" if subject.measured is not None else "not predicted")
         return Scale.LINEAR
-    curves = [profile.curves[name] for profile in subject.profiles for name in names if name in profile.curves]
+    curves = [_shown(profile, name) for profile in subject.profiles for name in names if name in profile.curves]
     if not any(np.isfinite(curve).any() for curve in curves):
         nothing(ax, "no finite values")
         return Scale.LINEAR
     scale = Scale.LINEAR if bounds is not None else scale_for(subject, names)
+    if logarithmic and scale is Scale.LINEAR:
+        scale = Scale.LOG
     for profile in subject.profiles:
         for name, label, colour in quantities:
             if name in profile.curves:
                 _mark(ax, profile.source, series(profile, name, scale), colour, label)
     finish(ax, scale, subject.n_layers, bounds=bounds)
-    end_of_numbers(ax, curves)
+    left_out(ax, curves, scale)
     return scale
 
 
@@ -151,9 +169,13 @@ def _mark(ax: Axes, source: str, curve: Series, colour: str, label: str) -> None
         measured_points(ax, curve, colour, label)
 
 
-def _close(
-    ax: Axes, subject: Subject, quantities: Sequence[Quantity], findings: Sequence[str], sources: bool
-) -> Axes:
+def _shown(profile: Profile, name: str) -> FloatArray:
+    """Return a curve as far as its sign matters on an axis; what a ``_log`` curve stands for is always positive."""
+    curve = np.asarray(profile.curves[name], dtype=np.float64)
+    return np.where(np.isfinite(curve), 1.0, np.nan) if name.endswith("_log") else curve
+
+
+def _close(ax: Axes, subject: Subject, quantities: Sequence[Quantity], findings: Sequence[str], sources: bool) -> Axes:
     shown = [(label, colour) for name, label, colour in quantities if subject.has(name)]
     if shown:
         bitten(ax, subject.found(*findings), subject.n_layers)
@@ -168,14 +190,21 @@ def _angle_range(subject: Subject) -> float:
     return float(everything.max() / everything.min()) if everything.size else 1.0
 
 
-def _gradient_limits(subject: Subject) -> list[FloatArray]:
-    """Return the limits of both gradient criteria on the axis of J: they also weigh J with the stream's growth q_l / q_L."""
+def _resolved(profile: Profile, scale: Scale) -> Series:
+    """Return ``J - K`` on the axis of J; its error is not known."""
+    apart = np.clip(1 - profile.curves["gradient_alignment"], 1e-12, None)
+    logs = profile.curves["apjn_log"] + np.log(apart)
+    values = logs / np.log(10) if scale is Scale.EXPONENT else np.exp(logs)
+    return Series(values, values, values)
+
+
+def _gradient_limit(subject: Subject) -> FloatArray | None:
+    """Return the limit of exploding gradients on the axis of J; it weighs J with the growth q_l / q_L."""
     limits, profile = subject.limits, subject.profiles[0]
-    if not {"sensitivity_high", "sensitivity_low", "amplification_high"} <= set(limits) or "q" not in profile.curves:
-        return []
+    if not {"sensitivity_high", "amplification_high"} <= set(limits) or "q" not in profile.curves:
+        return None
     with np.errstate(all="ignore"):
-        growth = profile.curves["q"][-1] / profile.curves["q"]
-        high = limits["sensitivity_high"] * growth
+        high = limits["sensitivity_high"] * profile.curves["q"][-1] / profile.curves["q"]
     high = np.minimum(high, limits["amplification_high"])
     high[0] = np.nan  # the first block is judged by its sensitivity alone
-    return [high, limits["sensitivity_low"] * np.minimum(growth, 1.0)]
+    return np.asarray(high)

@@ -148,17 +148,19 @@ def bitten_where(finding: Finding, n_layers: int) -> str:
     return f" from block {start:.0f} on" if start > 0 else ""
 
 
-def end_of_numbers(ax: Axes, curves: Sequence[FloatArray]) -> None:
-    """Say from which block on (or up to which) values are infinite or not numbers, if any are."""
+def left_out(ax: Axes, curves: Sequence[FloatArray], scale: Scale) -> None:
+    """Say which values cannot be shown: not finite ones, and on a logarithmic axis those that are not positive."""
+    words = []
     for curve in curves:
         bad = np.flatnonzero(~np.isfinite(curve))
         if bad.size:
-            where = f"from block {bad[0]} on" if bad[0] > 0 else f"up to block {bad[-1]}"
-            text = ax.text(
-                0.985, 0.02, f"not finite {where}", transform=ax.transAxes, ha="right", va="bottom", fontsize=8, color=MUTED
-            )
-            text.set_in_layout(False)
-            return
+            words.append(f"not finite from block {bad[0]} on" if bad[0] > 0 else f"not finite up to block {bad[-1]}")
+            break
+    if scale is Scale.LOG and any(np.any(curve <= 0) for curve in curves):
+        words.append("values ≤ 0 not shown")
+    if words:
+        style: dict[str, Any] = {"ha": "right", "va": "bottom", "fontsize": 8, "color": MUTED}
+        ax.text(0.985, 0.02, "; ".join(words), transform=ax.transAxes, **style).set_in_layout(False)
 
 
 def key(ax: Axes, quantities: Sequence[tuple[str, str]], subject: Subject, *, sources: bool) -> None:
@@ -204,7 +206,7 @@ def source_handles(subject: Subject, colour: str, *, limited: bool) -> list[Any]
 
     out = []
     if subject.measured is not None:
-        point = {"marker": "o", "markersize": 4.2, "markerfacecolor": PAPER, "markeredgecolor": colour}
+        point: dict[str, Any] = {"marker": "o", "markersize": 4.2, "markerfacecolor": PAPER, "markeredgecolor": colour}
         label = "measured ± SE" if subject.measured.errors else "measured"
         out.append(Line2D([], [], color=colour, linewidth=0, label=label, **point))
     if subject.predicted is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fathometer.plotting import layers
 from fathometer.plotting.canvas import ALARM, CALM, CAUTION, INK, MUTED, new_figure
@@ -29,12 +29,15 @@ _PANELS = (
 def draw_overview(report: Report) -> Figure:
     """Return a figure of 2 x 3 panels with the model's name, its sizes and the verdict."""
     figure = new_figure(15.5, 9.2)
-    head, body = figure.subfigures(2, 1, height_ratios=(1, 8.6), hspace=0.0)
+    halves: Any = figure.subfigures(2, 1, height_ratios=(1, 8.6), hspace=0.0)
+    head, body = halves
     head.set_facecolor("none")
     body.set_facecolor("none")
     subject = subject_of(report)
     colour = ALARM if not report.healthy else CALM if report.predicted is not None else CAUTION
-    verdict = report.verdict if report.predicted is not None or not report.healthy else "healthy, theory does not cover it"
+    verdict = report.verdict
+    if report.healthy and report.predicted is None:
+        verdict = "healthy as measured; the theory does not cover it"
     plain = {"parse_math": False}  # names may hold dollar signs
     head.text(0.012, 0.66, _short(report.name, 60), fontsize=17, fontweight="bold", color=INK, va="center", **plain)
     head.text(0.012, 0.2, _sizes(report), fontsize=10, color=MUTED, va="center", **plain)

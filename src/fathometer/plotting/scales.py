@@ -54,16 +54,20 @@ def series(profile: Profile, name: str, scale: Scale) -> Series:
 def scale_for(subject: Subject, names: Sequence[str]) -> Scale:
     """Choose the axis for these curves of the subject: logarithmic where they span more than a factor of 30.
 
-    Curves that are nowhere positive do not count; values that are not positive are left out of a logarithmic axis.
+    Only curves that are positive everywhere count. Should another curve share a logarithmic axis, its values that are
+    not positive
+    are left out, and the panel says so.
     """
     logs = []
     for profile in subject.profiles:
         for name in names:
             if name in profile.curves:
                 curve = np.asarray(profile.curves[name], dtype=np.float64)
-                if not name.endswith("_log"):
-                    curve = np.log(curve[np.isfinite(curve) & (curve > 0)])
-                logs.append(curve[np.isfinite(curve)])
+                curve = curve[np.isfinite(curve)]
+                if name.endswith("_log"):
+                    logs.append(curve)
+                elif np.all(curve > 0):
+                    logs.append(np.log(curve))
     everything = np.concatenate(logs) if logs else np.zeros(0)
     if everything.size == 0:
         return Scale.LINEAR

@@ -72,11 +72,11 @@ def subject_of(source: Drawable | Subject) -> Subject:
     kinds = [profile.source for profile in source]
     if not kinds or len(set(kinds)) < len(kinds):
         raise FathometerError(
-            f"one theory and one measured profile can share a panel; got {kinds}. Draw others on the same axes with ax=..."
+            f"one theory and one measured profile can share a panel; got {kinds}; draw more with ax=..."
         )
     for profile in source:
         if any(curve.ndim > 1 for curve in profile.curves.values()):
-            raise FathometerError("these curves depend on more than the layer; pick one point of the grid before drawing")
+            raise FathometerError("these curves depend on more than the layer; pick one point of the grid to draw")
     chosen = dict(zip(kinds, source, strict=True))
     return Subject(measured=chosen.get("measurement"), predicted=chosen.get("theory"))
 

@@ -23,7 +23,11 @@ _SIZES = {
 }
 _KINDS = {"self_attention": "attention", "mlp": "MLP", "gated_mlp": "gated MLP"}
 _NORMS = {"layer_norm": "LayerNorm", "rms_norm": "RMSNorm", "dyt": "DyT", "derf": "Derf"}
-_SLOTS = {"input_norm": "norm on the branch input", "output_norm": "norm on the branch output", "stream_norm": "norm on the stream"}
+_SLOTS = {
+    "input_norm": "norm on the branch input",
+    "output_norm": "norm on the branch output",
+    "stream_norm": "norm on the stream",
+}
 
 
 def sizes_table(report: Report) -> list[tuple[str, str]]:

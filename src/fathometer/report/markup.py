@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Sequence
 
 
@@ -18,9 +19,23 @@ def text(value: str) -> Markup:
     return Markup(html.escape(allowed, quote=True))
 
 
+def numeric(value: str) -> Markup:
+    """Escape a number written by :mod:`fathometer.report.numbers` and set its power of ten.
+
+    >>> numeric("(8.7 ± 0.2)e-7")
+    '(8.7 ± 0.2)·10<sup>−7</sup>'
+    """
+    parts = re.fullmatch(r"(.*[\d)])e(-?[\d.]+)(×?)", value)
+    if parts is None:
+        return text(value)
+    exponent = parts[2].replace("-", "−")
+    mantissa = "" if parts[1] == "1" else f"{html.escape(parts[1])}·"
+    return Markup(f"{mantissa}10<sup>{exponent}</sup>{parts[3]}")
+
+
 def joined(*parts: Markup) -> Markup:
     """Put markup one after the other."""
-    return Markup("\n".join(parts))
+    return Markup("".join(parts))
 
 
 def element(tag: str, *content: Markup, class_: str = "", **attributes: str) -> Markup:
@@ -30,8 +45,7 @@ def element(tag: str, *content: Markup, class_: str = "", **attributes: str) -> 
             raise TypeError(f"content of <{tag}> must be markup; pass plain strings through text()")
     named = {**({"class": class_} if class_ else {}), **attributes}
     written = "".join(f' {name.replace("_", "-")}="{html.escape(value, quote=True)}"' for name, value in named.items())
-    separator = "" if tag in ("pre", "td", "th", "span", "p", "code", "a") else "\n"
-    return Markup(f"<{tag}{written}>{separator.join(content)}</{tag}>")
+    return Markup(f"<{tag}{written}>{''.join(content)}</{tag}>")
 
 
 def table(
@@ -39,7 +53,7 @@ def table(
     rows: Sequence[Sequence[Markup]],
     *,
     caption: str = "",
-    plain: bool | Sequence[int] = (0,),
+    plain: Sequence[int] | None = (0,),
     off: Sequence[bool] = (),
 ) -> Markup:
     """Return a table whose first column names the row.
@@ -48,13 +62,15 @@ def table(
         heads: Column titles; none for a table of two columns that explains itself.
         rows: Cells.
         caption: A line above.
-        plain: Columns that hold words; the others hold numbers. ``True``: all of them.
+        plain: Columns that hold words; the others hold numbers. ``None``: all of them.
         off: Per row, whether its first number is to stand out.
     """
-    words = set(range(max([len(heads), *map(len, rows)], default=0))) if plain is True or not heads else set(plain or ())
+    wide = max([len(heads), *map(len, rows)], default=0)
+    words = set(range(wide)) if plain is None or not heads else set(plain)
     parts = [element("caption", text(caption))] if caption else []
     if heads:
-        cells = [element("th", text(head), class_="" if i in words else "num", scope="col") for i, head in enumerate(heads)]
+        kinds = ["" if i in words else "num" for i in range(wide)]
+        cells = [element("th", text(head), class_=kinds[i], scope="col") for i, head in enumerate(heads)]
         parts.append(element("thead", element("tr", *cells)))
     body = []
     for position, row in enumerate(rows):

@@ -37,9 +37,9 @@ def with_error(value: float, error: float | None, sign: str = "±") -> str:
     if error is None or not math.isfinite(value) or not math.isfinite(error) or error <= 1e-5 * abs(value):
         return number(value)
     largest = math.floor(math.log10(max(abs(value), error)))
-    shift = 0 if -3 < largest < 5 else largest
+    shift = 0 if -4 < largest < 5 else largest
     scaled, spread = value / 10.0**shift, error / 10.0**shift
-    decimals = min(max(1 - math.floor(math.log10(spread)), 0), 4)
+    decimals = min(max(1 - math.floor(math.log10(spread)), 0), 6)
     text = f"{scaled:.{decimals}f} {sign} {spread:.{decimals}f}"
     return f"({text})e{shift}" if shift else text
 

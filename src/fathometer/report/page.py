@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from importlib import resources
 
 from fathometer.diagnosis.report import Report
 from fathometer.diagnosis.thresholds import DEFAULT_THRESHOLDS
 from fathometer.plotting import Panel, panels_of, to_svg
-from fathometer.plotting.canvas import axes_or_new
 from fathometer.report.architecture import scales_table, sizes_table
-from fathometer.report.markup import Markup, element, joined, table, text
+from fathometer.report.markup import Markup, element, joined, numeric, table, text
 from fathometer.report.numbers import MISSING, curve_value, number
 from fathometer.report.wording import CURVES, LIMITS, bites, headline, sizes, some_layers, state, support
 from fathometer.results import VOCABULARY
@@ -19,11 +19,15 @@ from fathometer.results import VOCABULARY
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 _TILES = (
-    ("Growth of q, first to last block", "q"),
-    ("Cosine between tokens, last block", "cosine"),
-    ("Gradient growth, output to input", "apjn_log"),
-    ("Lowest relative attention entropy", "attention_entropy_relative"),
+    ("Growth of the signal", "q"),
+    ("Final cosine of tokens", "cosine"),
+    ("Growth of gradients", "apjn_log"),
+    ("Lowest attention entropy", "attention_entropy_relative"),
 )
+
+
+#: Fold errors beyond this stand out.
+_FAR_APART = 1.5
 
 
 def render_page(report: Report) -> str:
@@ -78,9 +82,10 @@ def _tiles(report: Report) -> list[Markup]:
         if name not in report.measured.curves:
             continue
         seen = _tile_value(report, name, predicted=False)
-        values = [element("dd", text(seen), class_="value num")]
+        values = [element("dd", numeric(seen), class_="value num")]
         if report.predicted is not None and name in report.predicted.curves:
-            values.append(element("dd", text(f"theory {_tile_value(report, name, predicted=True)}"), class_="theory num"))
+            theory = Markup(f"theory {numeric(_tile_value(report, name, predicted=True))}")
+            values.append(element("dd", theory, class_="theory num"))
         out.append(element("div", element("dt", text(label)), *values, class_="tile"))
     return out
 
@@ -99,8 +104,8 @@ def _findings(report: Report) -> Markup | None:
     for finding in report.findings:
         facts = (
             ("Bites", bites(finding, report.measured.n_layers)),
-            ("Confidence", f"{finding.confidence}: {support(finding, report)}"),
-            ("Measured", f"{number(finding.evidence.value)} (limit {number(finding.evidence.limit)})"),
+            ("Seen", support(finding, report)),
+            ("Value", f"{number(finding.evidence.value)}, limit {number(finding.evidence.limit)}"),
         )
         cards.append(
             element(
@@ -135,7 +140,8 @@ def _remedies(report: Report) -> Markup | None:
         cures = ", ".join(titles.get(name, name.replace("_", " ")) for name in remedy.cures)
         keys = list(dict.fromkeys([*remedy.before, *remedy.after]))
         rows = [
-            (text(_label(key)), text(number(remedy.before.get(key))), text(number(remedy.after.get(key)))) for key in keys
+            (text(when), *(numeric(number(numbers.get(key))) for key in keys))
+            for when, numbers in (("before", remedy.before), ("after", remedy.after))
         ]
         cards.append(
             element(
@@ -145,8 +151,8 @@ def _remedies(report: Report) -> Markup | None:
                     element("h3", text(remedy.title)),
                     element("p", text(f"Cures, by the theory: {cures}"), class_="quiet"),
                 ),
-                element("div", table(("predicted", "before", "after"), rows)),
-                element("div", element("pre", text(remedy.snippet), tabindex="0")),
+                element("div", table(("predicted", *map(_label, keys)), rows), class_="scroll"),
+                element("pre", text(remedy.snippet), tabindex="0"),
                 class_="card remedy",
             )
         )
@@ -157,20 +163,22 @@ def _remedies(report: Report) -> Markup | None:
 def _agreement(report: Report) -> Markup | None:
     if report.comparison is None or not report.comparison.folds:
         return None
-    rows, classes = [], []
+    rows, off = [], []
     for name, fold in report.comparison.folds.items():
         values = (fold.whole, *fold.thirds, fold.noise)
-        rows.append((text(CURVES.get(name, name)), *(text(_fold(value)) for value in values)))
-        classes.append(fold.whole > max(1.5, 2 * fold.noise - 1) if fold.noise == fold.noise else fold.whole > 1.5)
+        rows.append((text(CURVES.get(name, name)), *(numeric(_fold(value)) for value in values)))
+        off.append(fold.whole > _FAR_APART)
     heads = ("fold error", "whole depth", "first third", "middle", "last third", "noise of weight draws")
     note = (
-        "The mean factor between theory and measurement; 1.05 means five percent apart. The theory is not fitted: it uses the "
-        "scales read off the weights and the tokens measured at the first block. The last column is the factor that the scatter of "
+        "The mean factor between theory and measurement; 1.05 means five percent apart. The theory is not fitted: it "
+        "uses the "
+        "scales read off the weights and the tokens measured at the first block. The last column is the factor that "
+        "the scatter of "
         "weight draws alone would give."
     )
     parts = [
         element("p", text(note), class_="quiet"),
-        element("div", element("div", table(heads, rows, off=classes), class_="scroll"), class_="card"),
+        _card(table(heads, rows, off=off)),
     ]
     if report.comparison.reasons:
         items = [element("li", text(_sentence(reason))) for reason in report.comparison.reasons]
@@ -184,8 +192,7 @@ def _figures(report: Report) -> Markup | None:
 
 
 def _figure(report: Report, panel: Panel) -> Markup:
-    ax = panel.draw(report, axes_or_new(None))
-    drawing = Markup(to_svg(ax.get_figure(root=True), prefix=panel.name))  # type: ignore[arg-type]
+    drawing = Markup(to_svg(panel.figure(report), prefix=panel.name))
     return element(
         "figure",
         element("div", drawing, role="img", aria_label=panel.title),
@@ -195,16 +202,16 @@ def _figure(report: Report, panel: Panel) -> Markup:
 
 def _numbers(report: Report) -> Markup | None:
     names = [name for name in VOCABULARY if name in report.measured.curves and name != "attention_entropy"]
-    layers = some_layers(report.measured.n_layers, 7)
+    layers = some_layers(report.measured.n_layers, 5)
     rows = []
     for name in names:
         cells = [text(name.removesuffix("_log"))]
         for layer in layers:
             # Curves of blocks have one entry less than curves of borders: show their last block in the last column.
             at = min(layer, len(report.measured.curves[name]) - 1)
-            cell = text(curve_value(report.measured, name, at))
+            cell = numeric(curve_value(report.measured, name, at))
             if report.predicted is not None and name in report.predicted.curves:
-                cell = joined(cell, Markup("<br>"), element("small", text(curve_value(report.predicted, name, at))))
+                cell = joined(cell, Markup("<br>"), element("small", numeric(curve_value(report.predicted, name, at))))
             cells.append(cell)
         rows.append(tuple(cells))
     note = "Measured, ± one standard error over weight draws"
@@ -212,7 +219,7 @@ def _numbers(report: Report) -> Markup | None:
     heads = ("block", *map(str, layers))
     return joined(
         element("p", text(note), class_="quiet"),
-        element("div", element("div", table(heads, rows), class_="scroll"), class_="card"),
+        _card(table(heads, rows)),
     )
 
 
@@ -223,7 +230,7 @@ def _architecture(report: Report) -> Markup | None:
     if scales:
         caption = "Read off the weights. A scale is std times the square root of the fan-in."
         heads = ("", "first block", "last block")
-        cards.append(element("div", table(heads, scales, caption=caption, plain=True), class_="card"))
+        cards.append(element("div", table(heads, scales, caption=caption, plain=None), class_="card"))
     parts = [element("div", *cards, class_="columns" if scales else "")]
     notes = report.about.get("notes")
     if isinstance(notes, (list, tuple)) and notes:
@@ -238,20 +245,21 @@ def _reading(report: Report) -> Markup | None:
         for name, (_, unit, meaning) in VOCABULARY.items()
         if any(name in profile.curves for profile in profiles)
     ]
-    note = "Border l is the stream before block l; the last one is the output of the stack. All numbers are means over tokens and samples."
-    return joined(
-        element("p", text(note), class_="quiet"),
-        element("div", element("div", table(("name", "meaning", "unit"), rows, plain=True), class_="scroll"), class_="card"),
+    note = (
+        "Border l is the stream before block l; the last one is the output of the stack. All numbers are means over "
+        "tokens and samples."
     )
+    return joined(element("p", text(note), class_="quiet"), _card(table(("name", "meaning", "unit"), rows, plain=None)))
 
 
 def _limits(report: Report) -> Markup | None:
     limits = report.about.get("thresholds") or vars(DEFAULT_THRESHOLDS)
     rows = [
-        (element("code", text(name)), text(LIMITS.get(name, "")), text(number(float(value)))) for name, value in limits.items()
+        (element("code", text(name)), text(LIMITS.get(name, "")), numeric(number(float(value))))
+        for name, value in limits.items()
     ]
     heads = ("limit", "what is compared with it", "value")
-    return element("div", element("div", table(heads, rows, plain=(0, 1)), class_="scroll"), class_="card")
+    return _card(table(heads, rows, plain=(0, 1)))
 
 
 def _footer(report: Report) -> Markup:
@@ -264,6 +272,11 @@ def _footer(report: Report) -> Markup:
     return element("footer", element("p", text(limits)), element("p", text(made)))
 
 
+def _card(content: Markup) -> Markup:
+    """Frame a table, which may be wider than the window."""
+    return element("div", element("div", content, class_="scroll"), class_="card")
+
+
 def _sentence(words: str) -> str:
     return words[:1].upper() + words[1:] + ("" if words.endswith(".") else ".")
 
@@ -273,6 +286,6 @@ def _label(key: str) -> str:
 
 
 def _fold(value: float) -> str:
-    if value != value:
+    if math.isnan(value):
         return MISSING
     return f"{value:.3f}" if value < 10 else number(value)

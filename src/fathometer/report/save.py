@@ -9,7 +9,6 @@ from pathlib import Path
 from fathometer.diagnosis.report import Report
 from fathometer.errors import FathometerError
 from fathometer.plotting import draw_overview, panels_of, to_png
-from fathometer.plotting.canvas import axes_or_new
 from fathometer.report.page import render_page
 
 
@@ -20,7 +19,8 @@ class OutputError(FathometerError, OSError):
 def save_report(report: Report, folder: str | os.PathLike[str]) -> list[Path]:
     """Write a report to a folder, created if needed.
 
-    Everything is rendered before anything is written, and every file is replaced in one step, so a reader never meets half
+    Everything is rendered before anything is written, and every file is replaced in one step, so a reader never meets
+    half
     a file and a failure leaves the old ones.
 
     Args:
@@ -41,8 +41,7 @@ def save_report(report: Report, folder: str | os.PathLike[str]) -> list[Path]:
         "overview.png": to_png(draw_overview(report)),
     }
     for panel in panels_of(report):
-        ax = panel.draw(report, axes_or_new(None))
-        files[f"{panel.name}.png"] = to_png(ax.get_figure(root=True))
+        files[f"{panel.name}.png"] = to_png(panel.figure(report))
     try:
         target.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import math
+from typing import TYPE_CHECKING
 
 from fathometer.diagnosis.report import Remedy, Report
 from fathometer.report.numbers import MISSING, curve_value, number
@@ -53,9 +54,7 @@ def _verdict(report: Report) -> Panel:
         text.append(f"\n\n{printable(finding.title)}", style="bold")
         text.append(f"  {finding.confidence} confidence", style="dim")
         text.append(f"\n{printable(finding.evidence.text)}")
-        text.append(
-            f"\nbites: {bites(finding, report.measured.n_layers)}; {support(finding, report)}", style="dim"
-        )
+        text.append(f"\nbites: {bites(finding, report.measured.n_layers)}; {support(finding, report)}", style="dim")
     if report.not_covered is not None:
         text.append("\n\nnot covered by the theory: ", style="bold yellow")
         text.append(printable(report.not_covered))
@@ -117,7 +116,7 @@ def _remedy(console: Console, remedy: Remedy, position: int) -> None:
 
 
 def _fold(value: float) -> str:
-    if value != value:
+    if math.isnan(value):
         return "-"
     return f"{value:.2f}" if value < 100 else number(value)
 
@@ -126,5 +125,4 @@ def _table(title: str) -> Table:
     from rich import box
     from rich.table import Table
 
-    options: dict[str, Any] = {"box": box.SIMPLE_HEAD, "title_justify": "left", "title_style": "bold", "pad_edge": False}
-    return Table(title=title, **options)
+    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)

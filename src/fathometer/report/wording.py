@@ -22,7 +22,7 @@ CURVES = {
 LIMITS = {
     "sensitivity_high": "largest relative sensitivity J q_l / q_L of the output to a block's stream",
     "amplification_high": "largest gradient growth J, from the second block on",
-    "sensitivity_low": "smallest relative sensitivity, and smallest J",
+    "resolved_low": "smallest J - K, the part of the gradient that tells tokens apart",
     "angle_low": "smallest 1 - cosine between tokens",
     "angle_shrink": "... together with how much of the first block's 1 - cosine is left",
     "entropy_low": "smallest attention entropy, relative to uniform attention",
@@ -46,7 +46,7 @@ def headline(report: Report) -> tuple[str, str]:
     count = len(report.findings)
     if not report.healthy:
         says = "One criterion fails" if count == 1 else f"{count} criteria fail"
-        more = "" if report.predicted is not None else " The theory does not cover this model, so all of it is measured."
+        more = " The theory does not cover this model." if report.predicted is None else ""
         return report.verdict[:1].upper() + report.verdict[1:], f"{says} at initialisation.{more}"
     if report.predicted is None:
         return "Healthy as measured", "No criterion fails, but the theory does not cover this model."
