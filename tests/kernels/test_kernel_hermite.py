@@ -16,7 +16,7 @@ from fathometer.kernels.quadrature import QuadratureKernel
 from fathometer.spec.arrays import FloatArray
 
 NAMES = ["gelu_tanh", "silu", "tanh", "dyt 2.0", "softplus"]
-ALWAYS = Worth(n_pairs=1, sharing=1, n_terms=1000)
+ALWAYS = Worth(n_pairs=1, sharing=1, n_terms=1000, reach=0.0)
 FINE = HermiteGrid(step=0.05, strip=0.32, n_terms=300)
 EVERYWHERE = np.ones(1, dtype=np.bool_)
 BruteForce = Callable[[Any, float, float, float], float]
@@ -59,13 +59,13 @@ class Spy:
         self.left, self.summed = 0, 0
         fill = hermite._fill
 
-        def counting(out: Any, moments: Any, coefficients: Any, otherwise: Any) -> None:
+        def counting(out: Any, moments: Any, coefficients: Any, reach: float, otherwise: Any) -> None:
             def counted(q_a: Any, q_b: Any, p: Any) -> Any:
                 self.left += np.size(p)
                 return otherwise(q_a, q_b, p)
 
             self.summed += out.size
-            fill(out, moments, coefficients, counted)
+            fill(out, moments, coefficients, reach, counted)
 
         monkeypatch.setattr(hermite, "_fill", counting)
 
@@ -157,6 +157,18 @@ def test_pairs_out_of_reach_are_left_to_the_other_method(
     assert np.max(distance(cases[name].kernel.slope_overlap, q[:, None], q, p)) < 2e-12
     assert 33 <= spy.left < 17**2
     assert (spy.left > 40) == (name == "tanh")
+
+
+@pytest.mark.parametrize(("name", "left"), [("tanh", 17**2), ("gelu_tanh", 0)])
+def test_a_fast_method_keeps_an_array_of_which_little_is_in_reach(
+    name: str, left: int, cases: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    q = rng.uniform(5.0, 20.0, 17)
+    p = 0.999 * np.sqrt(q[:, None] * q)
+    spy = Spy(monkeypatch)
+    assert np.max(distance(cases[name].kernel.overlap, q[:, None], q, p)) < 2e-12
+    assert spy.left == left
 
 
 def test_where_nothing_is_resolved_the_other_method_is_called_once_with_its_own_arguments() -> None:

@@ -308,7 +308,7 @@ def test_hostile_text_cannot_steer_the_terminal(broken: Report) -> None:
 def test_a_terminal_without_unicode_gets_ascii_numbers(healthy: Report) -> None:
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding="ascii")
-    render_terminal(healthy, Console(file=stream, width=80))
+    render_terminal(replace(healthy, name="日本"), Console(file=stream, width=80))
     stream.flush()
     assert b"+-" in raw.getvalue()
 
@@ -370,6 +370,7 @@ def test_numbers_are_short(value: float | None, written: str) -> None:
         (1.2345, 0.067, "1.234 ± 0.067"),
         (-0.00741, 0.00046, "-0.00741 ± 0.00046"),
         (1.0, 0.0, "1"),
+        (0.9975142, 0.0000153, "0.99751 ± 0.00002"),
         (0.001, 5.0, "0.0 ± 5.0"),
         (float("nan"), 1.0, "–"),
         (2.0, float("nan"), "2"),

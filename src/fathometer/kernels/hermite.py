@@ -196,11 +196,13 @@ class Worth:
         n_pairs: Fewest pairs.
         sharing: Fewest pairs per second moment.
         n_terms: Most terms of each parity.
+        reach: Smallest fraction of pairs for which so many terms suffice.
     """
 
     n_pairs: int
     sharing: int
     n_terms: int
+    reach: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,7 +246,7 @@ class HermiteSeries:
             else:
                 at_b = Coefficients.of(self.function, b, _part(resolved_b, block), grid)
             moments = _part(first, block), _part(second, block), overlap[block]
-            _fill(out[block], moments, (at_a, at_b), otherwise)
+            _fill(out[block], moments, (at_a, at_b), self.worth.reach, otherwise)
         return out
 
 
@@ -252,6 +254,7 @@ def _fill(
     out: FloatArray,
     moments: tuple[FloatArray, FloatArray, FloatArray],
     coefficients: tuple[Coefficients, Coefficients],
+    reach: float,
     otherwise: Expectation,
 ) -> None:
     """Write the expectations of a block: the sum of the series, E f^2 on the diagonal, ``otherwise`` for the rest."""
@@ -268,6 +271,10 @@ def _fill(
             length = len(a.coefficients)
             within = within & (a.bound(b, length, cosine) <= 0.5 * TOLERANCE)
         lengths.append(length)
+    rest = np.broadcast_to(~(within | same), out.shape)
+    if np.mean(rest) > 1.0 - reach:
+        out[...] = otherwise(q_a, q_b, p)
+        return
     for tile in _blocks(out.shape, (out.shape,), _TILE_PAIRS):
         c = cosine[tile]
         even, odd = (
@@ -276,7 +283,6 @@ def _fill(
         )
         out[tile] = even + c * odd
     np.copyto(out, at_a.square, where=same)
-    rest = np.broadcast_to(~(within | same), out.shape)
     if rest.any():
         out[rest] = otherwise(np.broadcast_to(q_a, out.shape)[rest], np.broadcast_to(q_b, out.shape)[rest], p[rest])
 

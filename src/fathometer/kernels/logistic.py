@@ -31,7 +31,7 @@ from fathometer.spec.arrays import FloatArray, Scale
 
 _CHUNK_DOUBLES = 1 << 17  # one temporary of a chunk; about six are alive at a time, and they should fit a cache
 
-_WORTH = Worth(n_pairs=256, sharing=8, n_terms=192)  # a pair costs 1 to 6 microseconds here, at any q
+_WORTH = Worth(n_pairs=256, sharing=8, n_terms=192, reach=0.5)  # a pair costs 1 to 6 microseconds here, at any q
 
 
 def kolmogorov_density(x: FloatArray) -> FloatArray:

@@ -30,7 +30,7 @@ _TILE_POINTS = 1 << 17  # function values held at a time
 _MAX_POINTS = 1 << 24  # per pair: about a second
 _STRIPS = (2.0, 1.0, 0.5, 0.25, 0.125)
 _AGREEMENT = 1e-10
-_WORTH = Worth(n_pairs=32, sharing=1, n_terms=1000)  # a pair costs 0.1 ms here, and more the larger q
+_WORTH = Worth(n_pairs=32, sharing=1, n_terms=1000, reach=0.0)  # a pair costs 0.1 ms here, and more the larger q
 _TINY = np.finfo(np.float64).tiny
 
 

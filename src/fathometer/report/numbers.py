@@ -29,7 +29,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def with_error(value: float, error: float | None, sign: str = "±") -> str:
-    """Return ``value ± error``, both to two digits of the error.
+    """Return ``value ± error``, both to two digits of the error and at most five in all.
 
     >>> with_error(9.7965, 0.494), with_error(8.73e-7, 2.1e-8), with_error(1.0, None)
     ('9.80 ± 0.49', '(8.73 ± 0.21)e-7', '1')
@@ -39,7 +39,8 @@ def with_error(value: float, error: float | None, sign: str = "±") -> str:
     largest = math.floor(math.log10(max(abs(value), error)))
     shift = 0 if -4 < largest < 5 else largest
     scaled, spread = value / 10.0**shift, error / 10.0**shift
-    decimals = min(max(1 - math.floor(math.log10(spread)), 0), 6)
+    most = 4 - math.floor(math.log10(max(abs(scaled), spread)))  # no more than five digits in all
+    decimals = max(min(1 - math.floor(math.log10(spread)), most), 0)
     text = f"{scaled:.{decimals}f} {sign} {spread:.{decimals}f}"
     return f"({text})e{shift}" if shift else text
 

@@ -27,9 +27,18 @@ def render_terminal(report: Report, console: Console, *, layers: int = 8, remedi
         layers: About how many layers the table shows.
         remedies: How many remedies are printed with their lines to paste.
     """
-    unicode = console.encoding.lower().startswith("utf")
+    if not console.encoding.lower().startswith("utf"):
+        with console.capture() as captured:
+            _render(report, console, layers, remedies, "+-")
+        # A model's name may hold what this terminal cannot show.
+        console.file.write(captured.get().encode(console.encoding, "replace").decode(console.encoding))
+        return
+    _render(report, console, layers, remedies, "±")
+
+
+def _render(report: Report, console: Console, layers: int, remedies: int, sign: str) -> None:
     console.print(_verdict(report))
-    console.print(_layers(report, layers, "±" if unicode else "+-", wide=console.width >= 112))
+    console.print(_layers(report, layers, sign, wide=console.width >= 112))
     if report.comparison is not None and report.comparison.folds:
         console.print(_folds(report))
         for reason in report.comparison.reasons:
@@ -48,7 +57,7 @@ def _verdict(report: Report) -> Panel:
     colour = _COLOURS[state(report)]
     title, sentence = headline(report)
     text = Text()
-    text.append(f"{title}\n", style=f"bold {colour}")
+    text.append(f"{printable(title)}\n", style=f"bold {colour}")
     text.append(sentence)
     for finding in report.findings:
         text.append(f"\n\n{printable(finding.title)}", style="bold")
@@ -66,7 +75,7 @@ def _verdict(report: Report) -> Panel:
 def _layers(report: Report, count: int, sign: str, *, wide: bool) -> Table:
 
     table = _table("Measured" + (", and theory below" if report.predicted is not None and not wide else ""))
-    table.add_column("block", justify="right")
+    table.add_column("block", justify="right", no_wrap=True)
     shown = [(name, label) for name, label in _SHOWN if name in report.measured.curves]
     beside = wide and report.predicted is not None
     for _, label in shown:
@@ -125,4 +134,11 @@ def _table(title: str) -> Table:
     from rich import box
     from rich.table import Table
 
-    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    return Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
