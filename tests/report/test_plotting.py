@@ -168,7 +168,7 @@ def test_where_gradients_vanish_the_part_that_vanishes_is_drawn(healthy: Report)
     report = replace(healthy, measured=replace(healthy.measured, curves=curves), findings=(finding,))
     ax = draw_gradients(report)
     expected = healthy.measured.apjn * (1 - curves["gradient_alignment"])
-    np.testing.assert_allclose(drawn(ax, "apart measured"), expected, rtol=1e-12)
+    np.testing.assert_allclose(drawn(ax, "apart (J − K) measured"), expected, rtol=1e-12)
     assert ax.get_yscale() == "log"
     assert not [line for line in draw_gradients(healthy).lines if str(line.get_label()).startswith("apart")]
 
@@ -191,6 +191,18 @@ def test_findings_are_marked_where_they_bite(broken: Report) -> None:
 def test_a_bare_profile_is_not_judged(healthy: Report) -> None:
     ax = draw_cosine(healthy.measured)
     assert [line for line in ax.lines if line.get_label() == "limit"] == []
+
+
+def test_blocks_without_a_branch_are_left_out_where_blocks_are_one_or_the_other() -> None:
+    added = {"attention_added_q": [1.0, 0.0, 3.0, 0.0], "mlp_added_q": [0.0, 2.0, 0.0, 4.0]}
+    ax = draw_branches(profile("theory", q=[1.0] * 5, **added))
+    np.testing.assert_array_equal(line(ax, "attention theory").get_xdata(), [0, 2])
+    np.testing.assert_array_equal(drawn(ax, "MLP theory"), [2.0, 4.0])
+    unmeasured = profile("measurement", q=[1.0] * 5)
+    both = draw_branches((unmeasured, profile("theory", q=[1.0] * 5, **added)))
+    np.testing.assert_array_equal(line(both, "attention theory").get_xdata(), [0, 2])
+    silent = draw_branches(profile("theory", q=[1.0] * 5, **{**added, "mlp_added_q": [0.0] * 4}))
+    np.testing.assert_array_equal(drawn(silent, "MLP theory"), [0.0] * 4)
 
 
 def test_missing_curves_are_announced() -> None:

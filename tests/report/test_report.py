@@ -31,7 +31,7 @@ from fathometer.results import Profile
 
 Maker = Callable[..., Report]
 
-EVIL = '</title></style><script>alert(1)</script><img src=x onerror="alert(1)">&"\'\x1b[2J\x00[red]'
+EVIL = '--><b></title></style><script>alert(1)</script><img src=x onerror="alert(1)">&"\'\x1b[2J\x00[red]'
 
 
 class Page(HTMLParser):
@@ -93,12 +93,17 @@ def evil(report: Report) -> Report:
     )
 
 
+@pytest.fixture(scope="module")
+def pages(healthy: Report, broken: Report, uncovered: Report) -> dict[str, str]:
+    return {"healthy": render_page(healthy), "broken": render_page(broken), "uncovered": render_page(uncovered)}
+
+
 # The page.
 
 
 @pytest.mark.parametrize("kind", ["healthy", "broken", "uncovered"])
-def test_the_page_needs_nothing_but_itself(kind: str, request: pytest.FixtureRequest) -> None:
-    page = render_page(request.getfixturevalue(kind))
+def test_the_page_needs_nothing_but_itself(kind: str, pages: dict[str, str]) -> None:
+    page = pages[kind]
     assert not re.search(r"https?:|//[a-z]|@import|<script|<link|<iframe", page)
     assert set(re.findall(r"url\(([^)]*)\)", page)) <= set(re.findall(r"url\((#[^)]*)\)", page))
     for tag, attributes in Page(page).tags:
@@ -109,8 +114,8 @@ def test_the_page_needs_nothing_but_itself(kind: str, request: pytest.FixtureReq
                 assert value is not None and value.startswith("#")
 
 
-def test_every_identifier_is_there_once_and_every_link_leads_somewhere(broken: Report) -> None:
-    tags = Page(render_page(broken)).tags
+def test_every_identifier_is_there_once_and_every_link_leads_somewhere(pages: dict[str, str]) -> None:
+    tags = Page(pages["broken"]).tags
     names = [attributes["id"] for _, attributes in tags if "id" in attributes]
     assert len(names) == len(set(names))
     links = [value for _, attributes in tags for name, value in attributes.items() if name in ("href", "xlink:href")]
@@ -125,16 +130,14 @@ def test_every_identifier_is_there_once_and_every_link_leads_somewhere(broken: R
         ("uncovered", "banner uncovered", "Healthy as measured"),
     ],
 )
-def test_the_banner_has_the_colour_of_the_verdict(
-    kind: str, banner: str, words: str, request: pytest.FixtureRequest
-) -> None:
-    page = Page(render_page(request.getfixturevalue(kind)))
+def test_the_banner_has_the_colour_of_the_verdict(kind: str, banner: str, words: str, pages: dict[str, str]) -> None:
+    page = Page(pages[kind])
     assert [a["class"] for _, a in page.tags if str(a.get("class")).startswith("banner")] == [banner]
     assert words in page.said
 
 
-def test_the_page_says_what_is_wrong_how_sure_and_what_to_change(broken: Report) -> None:
-    said = Page(render_page(broken)).said
+def test_the_page_says_what_is_wrong_how_sure_and_what_to_change(broken: Report, pages: dict[str, str]) -> None:
+    said = Page(pages["broken"]).said
     for finding in broken.findings:
         assert finding.title in said
         assert finding.evidence.text[1:] in said
@@ -146,19 +149,19 @@ def test_the_page_says_what_is_wrong_how_sure_and_what_to_change(broken: Report)
     assert "gradient amplification" in said and "0.91" in said and "0.62" in said
 
 
-def test_a_snippet_keeps_its_lines(broken: Report) -> None:
-    assert f">{broken.remedies[0].snippet}</pre>" in render_page(broken)
+def test_a_snippet_keeps_its_lines(broken: Report, pages: dict[str, str]) -> None:
+    assert f">{broken.remedies[0].snippet}</pre>" in pages["broken"]
 
 
-def test_the_page_says_why_the_theory_does_not_cover_a_model(uncovered: Report) -> None:
-    said = Page(render_page(uncovered)).said
+def test_the_page_says_why_the_theory_does_not_cover_a_model(uncovered: Report, pages: dict[str, str]) -> None:
+    said = Page(pages["uncovered"]).said
     assert uncovered.not_covered is not None
     assert uncovered.not_covered in said
     assert "theory below" not in said
 
 
-def test_the_page_shows_scales_sizes_limits_and_versions(healthy: Report) -> None:
-    said = Page(render_page(healthy)).said
+def test_the_page_shows_scales_sizes_limits_and_versions(pages: dict[str, str]) -> None:
+    said = Page(pages["healthy"]).said
     for words in (
         "attention: query 0.4 0.4",
         "LayerNorm",
@@ -186,8 +189,8 @@ def test_markup_does_not_take_plain_strings() -> None:
     assert element("p", text("<b>"), title='"') == '<p title="&quot;">&lt;b&gt;</p>'
 
 
-def test_the_page_is_deterministic(healthy: Report) -> None:
-    assert render_page(healthy) == render_page(healthy)
+def test_the_page_is_deterministic(healthy: Report, pages: dict[str, str]) -> None:
+    assert render_page(healthy) == pages["healthy"]
 
 
 def test_words_exist_for_every_limit_and_curve() -> None:

@@ -20,7 +20,7 @@ from fathometer.models.reading import ModelReading
 from fathometer.models.weights import WeightSlice
 from fathometer.observables import profile_of
 from fathometer.propagation import propagate
-from fathometer.spec import Derf, DyT, SelfAttention, Sublayer, Transformer, scaled_field
+from fathometer.spec import Derf, DyT, Sublayer, Transformer, scaled_field
 
 FloatArray = NDArray[np.float64]
 _DOWN = np.geomspace(1.0, 1e-3, 61)[1:]
@@ -60,7 +60,7 @@ def remedies(
     """
     if not findings:
         return ()
-    spec = _exchangeable(reading.spec)
+    spec = reading.spec.bidirectional()  # late positions stand in for all
     failing = {f.name for f in findings}
     before = _curves(spec, start)
     if before is None:
@@ -220,17 +220,6 @@ def _curves(spec: Transformer, start: Start) -> Mapping[str, FloatArray] | None:
         )
         for name, curve in profile.curves.items()
     }
-
-
-def _exchangeable(spec: Transformer) -> Transformer:
-    """Drop causal masks: remedies compare alternatives, for which late positions stand in for all."""
-
-    def change(sublayer: Sublayer) -> Sublayer:
-        if isinstance(sublayer.branch, SelfAttention):
-            return replace(sublayer, branch=replace(sublayer.branch, causal=False))
-        return sublayer
-
-    return spec.map_sublayers(change)
 
 
 def _pre_norm(sublayer: Sublayer) -> Sublayer:

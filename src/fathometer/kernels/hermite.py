@@ -15,6 +15,8 @@ everywhere. Even and odd orders are cut apart: half of tanh, and but for one ter
 
 Source: Mehler, J. reine angew. Math. 66 (1866) 161; in this context Daniely, Frostig and Singer, NeurIPS 2016.
 Error: ``TOLERANCE`` times sqrt(E f(u)^2 E f(v)^2) for the cut, plus a rounding error of order 1e-15 of it.
+Tails count from the discrete sums, hence the bound is as good as the grid; f must also be small at its ends, which is
+checked: a function growing like exp(x) is not expanded at large q.
 Assumes: f analytic in a strip of known half width d around the real axis. In standard deviations, d / sqrt(q) decides
 all: coefficients fall like exp(-d sqrt(2k/q)), and a trapezoid step h finds them up to exp(-2 pi d / (h sqrt(q))).
 """

@@ -152,7 +152,8 @@ def sound(
         pooled: Whether to measure the gradient amplification of a mean-pooled loss.
         added_scales: Per block and branch, the factor between the branch's output and the stream; ``None`` skips
             branch curves.
-        watch: Whether to look inside blocks at branches and attention; without it only the stream and gradients are measured.
+        watch: Whether to look inside blocks at branches and attention; without it only the stream and gradients are
+            measured.
         progress: Called with the number of blocks done, out of twice the depth.
         check_state: Whether to verify that running a block twice gives the same output.
         inspect: Called with (layer, stream before, stream after, trace) of every block.

@@ -46,9 +46,9 @@ class _Run:
 def find_stacks(model: nn.Module, forward: Callable[[], Any]) -> list[Stack]:
     """Return every run of two or more same-class blocks, the best first.
 
-    One hooked forward pass. A block's output must *be* the next one's input: the same memory, with equal shapes for input
-    and output. Runs in which every module attends come before those in which some do not (a run of single sublayers);
-    then the longest, then the outermost.
+    One hooked forward pass. A block's output must *be* the next one's input: the same memory, with equal shapes for
+    input and output. Runs in which every module attends come before those in which some do not (a run of single
+    sublayers); then the longest, then the outermost.
 
     Args:
         model: The model.
@@ -81,7 +81,11 @@ def find_stacks(model: nn.Module, forward: Callable[[], Any]) -> list[Stack]:
         run.names.append(name)
         run.end, run.attends = result.detach(), run.attends and attends
 
-    with torch.no_grad(), hooked(candidates, after=after, before=before), watch_attention(lambda _: attention.append(None)):
+    with (
+        torch.no_grad(),
+        hooked(candidates, after=after, before=before),
+        watch_attention(lambda _: attention.append(None)),
+    ):
         forward()
     runs = [run for run in runs if len(run.names) >= 2 and len(set(run.names)) == len(run.names)]
     if not runs:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fathometer.spec import Derf, DyT, LayerNorm, Norm, RMSNorm
 
 _TOLERANCE = 2e-3
+_ROWS = 64
 _EPSILONS = ("eps", "variance_epsilon", "epsilon")
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -27,6 +28,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def identify_activation(before: Tensor, after: Tensor) -> str | None:
     """Return the activation that maps ``before`` to ``after`` elementwise, the best match within tolerance, or ``None``."""
+    before, after = sampled(before), sampled(after)
     errors = {name: _misfit(after, function(before)) for name, function in _ACTIVATIONS.items()}
     best = min(errors, key=lambda name: errors[name])
     return best if errors[best] < _TOLERANCE else None
@@ -34,6 +36,7 @@ def identify_activation(before: Tensor, after: Tensor) -> str | None:
 
 def identify_gated(gate: Tensor, linear: Tensor, after: Tensor) -> str | None:
     """Return the activation f with ``after = f(gate) * linear``, or ``None``."""
+    gate, linear, after = sampled(gate), sampled(linear), sampled(after)
     errors = {name: _misfit(after, function(gate) * linear) for name, function in _ACTIVATIONS.items()}
     best = min(errors, key=lambda name: errors[name])
     return best if errors[best] < _TOLERANCE else None
@@ -47,8 +50,7 @@ def identify_norm(module: nn.Module, before: Tensor, after: Tensor) -> Norm | No
     """
     if before.shape != after.shape or before.shape[-1] < 2:
         return None
-    x = before.detach().double().reshape(-1, before.shape[-1])
-    y = after.detach().double().reshape(-1, after.shape[-1])
+    x, y = sampled(before), sampled(after)
     scalars = [float(p.detach()) for p in module.parameters() if p.numel() == 1]
     centred = x - x.mean(-1, keepdim=True)
     eps = next(
@@ -99,7 +101,7 @@ def fit_residual(target: Tensor, stream: Tensor, branch: Tensor) -> ResidualFit 
     """
     if not target.numel() == stream.numel() == branch.numel():
         return None
-    t, s, b = (x.detach().double().reshape(-1) for x in (target, stream, branch))
+    t, s, b = (sampled(x).reshape(-1) for x in (target, stream, branch))
     ss, bb, sb = float(s @ s), float(b @ b), float(s @ b)
     ts, tb = float(t @ s), float(t @ b)
     determinant = ss * bb - sb * sb
@@ -114,6 +116,11 @@ def fit_residual(target: Tensor, stream: Tensor, branch: Tensor) -> ResidualFit 
     if misfit > max(1e-4, 4 * torch.finfo(target.dtype).eps) or skip < 0:
         return None
     return ResidualFit(skip, abs(scale), misfit)
+
+
+def sampled(x: Tensor) -> Tensor:
+    """Return the first rows of a tensor in float64, shape ``(rows, features)``: enough to recognise what made it."""
+    return x.detach().reshape(-1, x.shape[-1])[:_ROWS].double()
 
 
 def rms(x: Tensor) -> float:
@@ -133,6 +140,6 @@ def _shrink(power: Tensor, eps: float) -> float:
 
 
 def _misfit(target: Tensor, candidate: Tensor) -> float:
-    scale = float(target.detach().double().square().mean().sqrt())
-    error = float((target.detach().double() - candidate.detach().double()).square().mean().sqrt())
+    scale = float(target.square().mean().sqrt())
+    error = float((target - candidate).square().mean().sqrt())
     return error / scale if scale > 0 else (0.0 if error == 0 else math.inf)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -87,12 +88,12 @@ def draw_gradients(source: Drawable | Subject, ax: Axes | None = None, *, source
     if vanishing:
         for profile in subject.profiles:
             if {"apjn_log", "gradient_alignment"} <= set(profile.curves):
-                _mark(ax, profile.source, _resolved(profile, scale), THIRD, "apart")
+                _mark(ax, profile.source, _resolved(profile, scale), THIRD, "apart (J − K)")
         if scale is not Scale.EXPONENT and "resolved_low" in subject.limits:
             limit_line(ax, subject.limits["resolved_low"])
     if scale is not Scale.EXPONENT and (limit := _gradient_limit(subject)) is not None:
         limit_line(ax, limit)
-    shown = (*_GRADIENTS, ("gradient_alignment", "apart", THIRD)) if vanishing else _GRADIENTS
+    shown = (*_GRADIENTS, ("gradient_alignment", "apart (J − K)", THIRD)) if vanishing else _GRADIENTS
     return _close(ax, subject, shown, ("exploding_gradients", "vanishing_gradients"), sources)
 
 
@@ -150,13 +151,17 @@ def _draw(
     if not any(np.isfinite(curve).any() for curve in curves):
         nothing(ax, "no finite values")
         return Scale.LINEAR
+    alternating = quantities is _BRANCHES and _alternating(subject)
     scale = Scale.LINEAR if bounds is not None else scale_for(subject, names)
     if logarithmic and scale is Scale.LINEAR:
         scale = Scale.LOG
     for profile in subject.profiles:
         for name, label, colour in quantities:
             if name in profile.curves:
-                _mark(ax, profile.source, series(profile, name, scale), colour, label)
+                curve = series(profile, name, scale)
+                if alternating:
+                    curve = replace(curve, only=np.flatnonzero(profile.curves[name]))
+                _mark(ax, profile.source, curve, colour, label)
     finish(ax, scale, subject.n_layers, bounds=bounds)
     left_out(ax, curves, scale)
     return scale
@@ -164,9 +169,19 @@ def _draw(
 
 def _mark(ax: Axes, source: str, curve: Series, colour: str, label: str) -> None:
     if source == "theory":
-        theory_line(ax, curve.values, colour, label)
+        theory_line(ax, curve, colour, label)
     else:
         measured_points(ax, curve, colour, label)
+
+
+def _alternating(subject: Subject) -> bool:
+    """Whether every block is either attention or an MLP; then what the other would add, nothing, is not drawn."""
+    names = [name for name, _, _ in _BRANCHES]
+    showing = [profile for profile in subject.profiles if any(name in profile.curves for name in names)]
+    if not all(name in profile.curves for profile in showing for name in names):
+        return False
+    pairs = [[profile.curves[name] != 0 for name in names] for profile in showing]
+    return all(bool(np.all(one != other)) and one.any() and other.any() for one, other in pairs)
 
 
 def _shown(profile: Profile, name: str) -> FloatArray:

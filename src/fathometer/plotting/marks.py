@@ -25,9 +25,9 @@ _POINTS = 36
 FROM_OUTPUT = ("exploding_gradients", "vanishing_gradients")
 
 
-def theory_line(ax: Axes, values: FloatArray, colour: str, label: str) -> None:
+def theory_line(ax: Axes, curve: Series, colour: str, label: str) -> None:
     """Draw a predicted curve."""
-    ax.plot(np.arange(len(values)), values, color=colour, linewidth=1.8, label=f"{label} theory", zorder=3)
+    ax.plot(curve.layers, curve.values[curve.layers], color=colour, linewidth=1.8, label=f"{label} theory", zorder=3)
 
 
 def measured_points(ax: Axes, curve: Series, colour: str, label: str) -> None:
@@ -35,16 +35,15 @@ def measured_points(ax: Axes, curve: Series, colour: str, label: str) -> None:
 
     In a deep model every k-th layer gets a point; a thin line and the band still go through all of them.
     """
-    layers = np.arange(len(curve.values))
+    layers = curve.layers
+    values, low, high = (part[layers] for part in (curve.values, curve.low, curve.high))
     every = math.ceil(len(layers) / _POINTS)
-    known = np.any(curve.high > curve.low)
-    if known:
-        ax.fill_between(layers, curve.low, curve.high, color=colour, alpha=0.16, linewidth=0, zorder=2)
-        some = layers[::every]
-        ax.vlines(some, curve.low[::every], curve.high[::every], color=colour, linewidth=1.1, zorder=4)
+    if np.any(high > low):
+        ax.fill_between(layers, low, high, color=colour, alpha=0.16, linewidth=0, zorder=2)
+        ax.vlines(layers[::every], low[::every], high[::every], color=colour, linewidth=1.1, zorder=4)
     ax.plot(
         layers,
-        curve.values,
+        values,
         color=colour,
         linewidth=0.6 if every > 1 else 0.0,
         marker="o",

@@ -55,10 +55,9 @@ PANELS: tuple[Panel, ...] = (
         title="The signal on the residual stream",
         reading=(
             "q is the mean square of a token's coordinates, p the mean overlap of two different tokens. Residual "
-            "branches of "
-            "fixed size make q grow like the depth; growth by a constant factor per block, a straight line on a "
-            "logarithmic "
-            "axis, ends in overflow. Where p meets q, tokens have become copies of each other."
+            "branches of fixed size make q grow like the depth; growth by a constant factor per block, a straight "
+            "line on a logarithmic axis, ends in overflow. Where p meets q, tokens have become copies of each "
+            "other."
         ),
     ),
     Panel(
@@ -67,11 +66,9 @@ PANELS: tuple[Panel, ...] = (
         draw=layers.draw_cosine,
         title="The angle between tokens",
         reading=(
-            "0 means that two tokens have nothing in common, 1 that they are parallel. A cosine that settles below 1 "
-            "is "
-            "healthy. One that runs to 1 is rank collapse: deeper blocks can no longer tell tokens apart. Then the "
-            "panel shows "
-            "1 - cosine on a logarithmic axis."
+            "0 means that two tokens have nothing in common, 1 that they are parallel. A cosine that settles below "
+            "1 is healthy. One that runs to 1 is rank collapse: deeper blocks can no longer tell tokens apart. Then "
+            "the panel shows 1 - cosine on a logarithmic axis."
         ),
     ),
     Panel(
@@ -81,12 +78,10 @@ PANELS: tuple[Panel, ...] = (
         title="Gradients on the way back",
         reading=(
             "Read from right to left: how much the mean square of a gradient has grown from the output back to each "
-            "block, for "
-            "a gradient on single tokens (the averaged partial Jacobian norm, APJN) and for a loss on the mean of "
-            "all tokens. "
-            "Flat or gently rising towards the input is healthy. The limits also weigh the growth of the stream, "
-            "because "
-            "what counts is a relative change of it."
+            "block, for a gradient on single tokens (the averaged partial Jacobian norm, APJN) and for a loss on "
+            "the mean of all tokens. Flat or gently rising towards the input is healthy. The limits also weigh the "
+            "growth of the stream, because what counts is a relative change of it. Where gradients vanish, J - K is "
+            "drawn too: the part that tells tokens apart."
         ),
     ),
     Panel(
@@ -95,9 +90,9 @@ PANELS: tuple[Panel, ...] = (
         draw=layers.draw_forward,
         title="Perturbations on the way down",
         reading=(
-            "How much a small random change of the first block's input has grown at each block. At the output it has "
-            "the same mean as "
-            "the backward curve at the input; the two measure the same product of Jacobians from its two ends."
+            "How much a small random change of the first block's input has grown at each block. At the output it "
+            "has the same mean as the backward curve at the input; the two measure the same product of Jacobians "
+            "from its two ends."
         ),
     ),
     Panel(
@@ -107,8 +102,7 @@ PANELS: tuple[Panel, ...] = (
         title="What each branch adds",
         reading=(
             "The mean square that attention and the MLP add to the stream in each block. Two orders of magnitude "
-            "between them mean that "
-            "the smaller one hardly takes part at the start of training."
+            "between them mean that the smaller one hardly takes part at the start of training."
         ),
     ),
     Panel(
@@ -118,9 +112,8 @@ PANELS: tuple[Panel, ...] = (
         title="How widely attention looks",
         reading=(
             "Entropy of an attention row over that of uniform attention on the keys it sees. 1: every visible token "
-            "counts alike, "
-            "the usual start. Near 0: one token takes all, gradients through the softmax vanish and training tends "
-            "to be unstable."
+            "counts alike, the usual start. Near 0: one token takes all, gradients through the softmax vanish and "
+            "training tends to be unstable."
         ),
     ),
     Panel(
@@ -129,9 +122,8 @@ PANELS: tuple[Panel, ...] = (
         draw=layers.draw_score_variance,
         title="Spread of attention scores",
         reading=(
-            "Variance of the scores of one query over the keys it sees, before the softmax. Far below 1 attention is "
-            "nearly uniform; "
-            "beyond about 1 it picks favourites."
+            "Variance of the scores of one query over the keys it sees, before the softmax. Far below 1 attention "
+            "is nearly uniform; beyond about 1 it picks favourites."
         ),
     ),
     Panel(
@@ -141,9 +133,8 @@ PANELS: tuple[Panel, ...] = (
         title="How well theory and measurement agree",
         reading=(
             "Mean factor between theory and measurement, by thirds of the depth: 1.05 means five percent apart on "
-            "average. The short "
-            "line is the factor that the scatter of weight draws alone would give; bars near it leave nothing to "
-            "explain."
+            "average. The short line is the factor that the scatter of weight draws alone would give; bars near it "
+            "leave nothing to explain."
         ),
     ),
 )

@@ -31,24 +31,30 @@ class Scale(Enum):
 
 @dataclass(frozen=True)
 class Series:
-    """A curve ready to draw: values, and the ends of one standard error either way."""
+    """A curve ready to draw: values, and the ends of one standard error either way; ``only`` picks layers, in order."""
 
     values: FloatArray
     low: FloatArray
     high: FloatArray
+    only: NDArray[np.int64] | None = None
+
+    @property
+    def layers(self) -> NDArray[np.int64]:
+        """The layers that are drawn."""
+        return np.arange(len(self.values)) if self.only is None else self.only
 
 
 def series(profile: Profile, name: str, scale: Scale) -> Series:
     """Return a curve in the numbers of the axis; the error of a ``_log`` curve is a factor either way."""
     values = np.asarray(profile.curves[name], dtype=np.float64)
     errors = np.asarray(profile.errors.get(name, np.zeros_like(values)), dtype=np.float64)
-    with np.errstate(invalid="ignore"):
-        bounds = (values, values - errors, values + errors)
-    if not name.endswith("_log"):
-        return Series(*bounds)
-    if scale is Scale.EXPONENT:
-        return Series(*(np.asarray(bound / math.log(10)) for bound in bounds))
-    return Series(*(np.exp(bound) for bound in bounds))
+    with np.errstate(invalid="ignore", over="ignore"):
+        bounds = [values, values - errors, values + errors]
+        if name.endswith("_log") and scale is Scale.EXPONENT:
+            bounds = [np.asarray(bound / math.log(10)) for bound in bounds]
+        elif name.endswith("_log"):
+            bounds = [np.exp(bound) for bound in bounds]
+    return Series(bounds[0], bounds[1], bounds[2])
 
 
 def scale_for(subject: Subject, names: Sequence[str]) -> Scale:

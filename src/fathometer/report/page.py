@@ -171,10 +171,8 @@ def _agreement(report: Report) -> Markup | None:
     heads = ("fold error", "whole depth", "first third", "middle", "last third", "noise of weight draws")
     note = (
         "The mean factor between theory and measurement; 1.05 means five percent apart. The theory is not fitted: it "
-        "uses the "
-        "scales read off the weights and the tokens measured at the first block. The last column is the factor that "
-        "the scatter of "
-        "weight draws alone would give."
+        "uses the scales read off the weights and the tokens measured at the first block. The last column is the "
+        "factor that the scatter of weight draws alone would give."
     )
     parts = [
         element("p", text(note), class_="quiet"),
@@ -219,7 +217,7 @@ def _numbers(report: Report) -> Markup | None:
     heads = ("block", *map(str, layers))
     return joined(
         element("p", text(note), class_="quiet"),
-        _card(table(heads, rows)),
+        _card(table(heads, rows), dense=True),
     )
 
 
@@ -241,13 +239,13 @@ def _architecture(report: Report) -> Markup | None:
 def _reading(report: Report) -> Markup | None:
     profiles = [profile for profile in (report.measured, report.predicted) if profile is not None]
     rows = [
-        (element("code", text(name.removesuffix("_log"))), text(meaning), text(unit))
+        (element("code", text(name)), text(meaning), text(unit))
         for name, (_, unit, meaning) in VOCABULARY.items()
         if any(name in profile.curves for profile in profiles)
     ]
     note = (
         "Border l is the stream before block l; the last one is the output of the stack. All numbers are means over "
-        "tokens and samples."
+        "tokens and samples. Curves ending in _log are kept as logarithms; figures and tables show the number itself."
     )
     return joined(element("p", text(note), class_="quiet"), _card(table(("name", "meaning", "unit"), rows, plain=None)))
 
@@ -272,9 +270,9 @@ def _footer(report: Report) -> Markup:
     return element("footer", element("p", text(limits)), element("p", text(made)))
 
 
-def _card(content: Markup) -> Markup:
+def _card(content: Markup, *, dense: bool = False) -> Markup:
     """Frame a table, which may be wider than the window."""
-    return element("div", element("div", content, class_="scroll"), class_="card")
+    return element("div", element("div", content, class_="scroll"), class_="card dense" if dense else "card")
 
 
 def _sentence(words: str) -> str:

@@ -53,7 +53,8 @@ def headline(report: Report) -> tuple[str, str]:
     agreement = ""
     if report.comparison is not None and "apjn_log" in report.comparison.folds:
         fold = report.comparison.folds["apjn_log"].whole
-        agreement = f" Theory and measurement of gradients agree to a factor of {fold:.2f}."
+        apart = f"{100 * (fold - 1):.1f}%" if fold < 1.5 else f"a factor of {fold:.2g}"
+        agreement = f" Theory and measurement of gradients are {apart} apart."
     return "Healthy", f"Signal and gradients pass all {report.measured.n_layers} blocks at initialisation.{agreement}"
 
 

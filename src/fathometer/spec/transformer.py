@@ -213,6 +213,16 @@ class Transformer:
             kept[-1] = replace(kept[-1], repeat=kept[-1].repeat + left)
         return replace(self, blocks=tuple(kept))
 
+    def bidirectional(self) -> Transformer:
+        """Return the same transformer without causal masks: late positions standing in for all."""
+
+        def unmask(sublayer: Sublayer) -> Sublayer:
+            if isinstance(sublayer.branch, SelfAttention):
+                return replace(sublayer, branch=replace(sublayer.branch, causal=False))
+            return sublayer
+
+        return self.map_sublayers(unmask)
+
     def map_sublayers(self, change: Callable[[Sublayer], Sublayer]) -> Transformer:
         """Return the transformer with ``change`` applied to every sublayer."""
         return replace(
