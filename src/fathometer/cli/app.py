@@ -129,7 +129,14 @@ def predict(
     count = min(profile.n_layers, 12)
     for index in sorted({round(i * profile.n_layers / count) for i in range(count + 1)}):
         table.add_row(str(index), *(f"{profile.curves[name][index]:.5g}" for name in columns))
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    try:
+        grown = observables.growth(described, n_tokens=tokens, q=q, p=p, closure=_closure(closure), depth=2000)
+    except FathometerError as error:
+        console.print(f"Growth class not determined: {error}", highlight=False)
+    else:
+        console.print(f"Repeating the last block: {grown.sentence}.", highlight=False)
 
 
 def main() -> None:
