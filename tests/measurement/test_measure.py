@@ -232,3 +232,15 @@ def test_photographs_feed_an_image_model() -> None:
     batch = load_batch(None, loaded, batch_size=3)
     assert batch.inputs["pixel_values"].shape == (3, 3, 224, 224)
     assert float(batch.inputs["pixel_values"].std()) > 0.1
+
+
+def test_a_diverging_stream_is_named_as_growth() -> None:
+    spec = fm.Transformer.uniform(
+        n_layers=40,
+        d_model=16,
+        n_heads=2,
+        norm=None,
+        scales=fm.Scales(query=0.1, key=0.1, value=9.0, output=9.0, mlp_in=9.0, mlp_out=9.0),
+    )
+    with pytest.raises(ModelError, match=r"signal growth: the stream is NaN or infinite at block \d+ of 40"):
+        fm.measure(fm.reference_network(spec, seed=0), torch.randn(1, 4, 16), seeds=1)

@@ -172,6 +172,7 @@ def sound(
     streams = [call.stream for call in calls] + [calls[-1].output]
     assert streams[-1] is not None
     moments = np.array([token_moments(stream) for stream in streams if stream is not None])
+    _check_finite(moments[:, 0])
     curves: dict[str, FloatArray] = {"q": moments[:, 0], "p": moments[:, 1], "cosine": moments[:, 1] / moments[:, 0]}
     if ahead is not None:
         curves["apjn_forward_log"] = ahead
@@ -271,6 +272,18 @@ def _layer_curves(rows: list[dict[str, float]], added: list[dict[str, float]]) -
         if all(name in layer for layer in added):
             curves[name] = np.array([layer[name] for layer in added])
     return curves
+
+
+def _check_finite(levels: FloatArray) -> None:
+    """Refuse a stream that leaves the range of its number format, saying where: that is signal growth, diagnosed."""
+    bad = np.flatnonzero(~np.isfinite(levels))
+    if bad.size:
+        block = int(bad[0])
+        last = f"; its mean square is {levels[block - 1]:.3g} one block before" if block else ""
+        raise ModelError(
+            f"signal growth: the stream is NaN or infinite at block {block} of {len(levels) - 1}{last}. Shorten the stack to "
+            f"{max(block - 1, 1)} blocks to diagnose it, scale the branches down, or put norms in front of them"
+        )
 
 
 def _check_repeatable(name: str, out: Tensor, kept: Tensor) -> None:
