@@ -66,5 +66,5 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     """Return a phrase ``"; did you mean 'x'?"`` naming the closest choice, followed by all of them."""
     known = sorted(choices)
     close = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
+    hint = f"; did you mean {close[0]!r}?" if close else "."
     return f"{hint} Accepted: {', '.join(known)}."

@@ -115,7 +115,7 @@ def growth(
     log_apjn = forward(trajectory.transfer, n_tokens).log_norm[at]
     block = long.blocks[-1]
     levels = trajectory.q[at]
-    layers = np.arange(1, depth + 1)
+    layers = np.arange(1.0, depth + 1)
     steps = np.diff(log_apjn)
     decay = _decay(layers, steps)
     constants = closed_form(block, n_tokens)
