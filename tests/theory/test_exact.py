@@ -276,7 +276,7 @@ def test_relabelling_tokens_changes_nothing() -> None:
     spec = build(norm=Derf(alpha=0.7))
     one, other = (propagate_gram(spec, g, closure=Annealed()) for g in (gram, gram[np.ix_(order, order)]))
     np.testing.assert_allclose(one.grams[-1][np.ix_(order, order)], other.grams[-1], rtol=1e-10)
-    np.testing.assert_allclose(one.backward()[0], other.backward()[0], atol=1e-10)
+    np.testing.assert_allclose(one.backward(None)[0][0], other.backward(None)[0][0], atol=1e-10)
 
 
 # What must not matter, and what is a rescaling.
@@ -499,7 +499,7 @@ def test_gram_matrices_stay_gram_matrices(seed: int, causal: bool, norm: Norm | 
     """For uniform attention; the annealed average is not one over a distribution, and may leave the cone slightly."""
     spec = build(norm=norm, causal=causal, n_layers=2)
     trajectory = propagate_gram(spec, random_gram(5, seed, scatter=0.2), closure=Uniform())
-    for grams in (trajectory.grams, trajectory.added, trajectory.backward()[1]):
+    for grams in (trajectory.grams, trajectory.added, trajectory.backward(None)[0][1]):
         values = np.linalg.eigvalsh(grams)
         assert np.all(values >= -1e-9 * values[..., -1:])
 
@@ -597,3 +597,16 @@ def with_biases(spec: Transformer) -> Transformer:
     for name, value in biases.items():
         spec = with_field(spec, name, value)
     return spec
+
+
+def test_overflow_is_said_and_marked_on_a_grid() -> None:
+    spec = Transformer.uniform(n_layers=3000, d_model=64, n_heads=1, norm=None, scales=SCALES, activation="relu")
+    with pytest.raises(DomainError, match=r"the stream overflows at sublayer \d+ of 6000: q is"):
+        predict(spec, n_tokens=8, q=1.0, p=0.5)
+    with pytest.raises(DomainError, match=r"the stream overflows at sublayer"), np.errstate(all="ignore"):
+        predict(spec, gram=0.5 + 0.5 * np.eye(4), closure="uniform")
+    with np.errstate(all="ignore"):
+        grid = propagate(
+            with_field(spec, "branch_scale", np.array([1e-3, 1.0])), n_tokens=8, q=1.0, p=0.5, closure=Uniform()
+        )
+    assert grid.status.tolist() == ["ok", "overflow"]

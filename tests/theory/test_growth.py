@@ -36,7 +36,7 @@ def test_stretched_exponential_constant(alpha: float, lam: float) -> None:
     assert constants["cosine"] == pytest.approx(0.65983, abs=1e-5)
     depth = 20_000
     trajectory = propagate(spec.with_depth(depth), n_tokens=196, q=0.27, p=0.11, closure=Uniform())
-    logs = forward(trajectory.transfer, 196).log_norm[trajectory.borders]
+    logs = forward(trajectory.transfer, trajectory.n_others).log_norm[trajectory.borders]
     slope = (logs[depth] - logs[depth // 2]) / (math.sqrt(depth) - math.sqrt(depth // 2))
     assert slope == pytest.approx(1 / math.sqrt(constants["lambda"]), rel=4e-3)
     assert slope != pytest.approx(1 / math.sqrt(2 * constants["lambda"]), rel=0.1)

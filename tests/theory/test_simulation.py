@@ -98,7 +98,7 @@ def theory(setting: Setting) -> FloatArray:
     """Return the statistics of the output tokens, then of the input gradients for an isotropic output gradient."""
     if setting.clusters or setting.spec.is_causal:
         trajectory = propagate_gram(setting.spec, setting.gram, closure=setting.closure)
-        log_norm, matrices = trajectory.backward()
+        log_norm, matrices = trajectory.backward(None)[0]
         return np.concatenate(
             [read(trajectory.grams[-1], ends=True), read(np.exp(log_norm[0]) * matrices[0], ends=True)]
         )

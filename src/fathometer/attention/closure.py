@@ -61,6 +61,10 @@ class Closure(Protocol):
         """Return how the values carry gradients back."""
         ...
 
+    def others(self, n_tokens: int) -> int:
+        """Return the number of other tokens, as the closure counts them."""
+        ...
+
 
 def exact_value_path(n_tokens: int, statistics: AttentionStatistics) -> ValuePath:
     """Return the value path that follows from row normalisation alone, whatever the closure."""
@@ -94,6 +98,10 @@ class Uniform:
         """See :class:`Closure`."""
         return exact_value_path(n_tokens, statistics)
 
+    def others(self, n_tokens: int) -> int:
+        """See :class:`Closure`."""
+        return max(n_tokens - 1, 1)
+
 
 @dataclass(frozen=True)
 class UniformLargeN:
@@ -116,6 +124,10 @@ class UniformLargeN:
         """See :class:`Closure`."""
         one = np.ones_like(statistics.y2)
         return ValuePath(jj=one / n_tokens, jk=one, kj=one / n_tokens, kk=one)
+
+    def others(self, n_tokens: int) -> int:
+        """See :class:`Closure`."""
+        return n_tokens
 
 
 @dataclass(frozen=True)
@@ -158,6 +170,10 @@ class Annealed:
     def value_path(self, n_tokens: int, statistics: AttentionStatistics) -> ValuePath:
         """See :class:`Closure`."""
         return exact_value_path(n_tokens, statistics)
+
+    def others(self, n_tokens: int) -> int:
+        """See :class:`Closure`."""
+        return max(n_tokens - 1, 1)
 
 
 DEFAULT_CLOSURE: Closure = Annealed()

@@ -112,7 +112,7 @@ def growth(
     long = spec.bidirectional().with_depth(depth)
     trajectory = propagate(long, n_tokens=n_tokens, q=q, p=p, closure=closure)
     at = trajectory.borders
-    log_apjn = forward(trajectory.transfer, n_tokens).log_norm[at]
+    log_apjn = forward(trajectory.transfer, trajectory.n_others).log_norm[at]
     block = long.blocks[-1]
     levels = trajectory.q[at]
     layers = np.arange(1.0, depth + 1)

@@ -47,15 +47,15 @@ def backward(transfer: FloatArray, *, alignment: float | FloatArray = 0.0) -> Gr
     return _scan(transfer[::-1], alignment, reverse=True)
 
 
-def forward(transfer: FloatArray, n_tokens: int) -> Gradients:
+def forward(transfer: FloatArray, n_others: int) -> Gradients:
     r"""Carry an isotropic perturbation of the input to every border: ``log_norm[m] = ln J^{m,0}``.
 
-    The forward matrix of a sublayer is the transpose of its backward matrix conjugated by ``diag(1, n-1)``.
+    The forward matrix of a sublayer is the transpose of its backward matrix conjugated by ``diag(1, n_others)``;
+    see :attr:`fathometer.propagation.Trajectory.n_others`.
     """
-    others = max(n_tokens - 1, 1)
     dual = np.swapaxes(transfer, 1, 2).copy()
-    dual[:, 0, 1] *= others
-    dual[:, 1, 0] /= others
+    dual[:, 0, 1] *= n_others
+    dual[:, 1, 0] /= n_others
     return _scan(dual, 0.0, reverse=False)
 
 

@@ -69,7 +69,7 @@ def profile_of(trajectory: Trajectory | GramTrajectory) -> Profile:
     at = trajectory.borders
     isotropic = backward(trajectory.transfer)
     pooled = backward(trajectory.transfer, alignment=1.0 if trajectory.n_tokens > 1 else 0.0)
-    ahead = forward(trajectory.transfer, trajectory.n_tokens)
+    ahead = forward(trajectory.transfer, trajectory.n_others)
     q, p = trajectory.q[at], trajectory.p[at]
     curves = {
         "q": q,
@@ -99,8 +99,7 @@ def _profile_of_gram(trajectory: GramTrajectory) -> Profile:
     n = trajectory.n_tokens
     samples = tuple(range(1, trajectory.grams.ndim - 2))
     q, p = _diagonal_mean(trajectory.grams), _off_diagonal_mean(trajectory.grams)
-    log_norm, matrices = trajectory.backward()
-    pooled, _ = trajectory.backward(np.ones((n, n)))
+    (log_norm, matrices), (pooled, _) = trajectory.backward(None, np.ones((n, n)))
     q_mean, p_mean = _mean(q, samples), _mean(p, samples)
     level = np.exp(log_norm - np.max(log_norm, axis=samples, keepdims=True)) if samples else np.ones_like(log_norm)
     alignment = _mean(level * _off_diagonal_mean(matrices), samples) / _mean(level, samples)
@@ -112,20 +111,16 @@ def _profile_of_gram(trajectory: GramTrajectory) -> Profile:
         "apjn_log": log_mean[at],
         "gradient_alignment": alignment[at],
         "gradient_log": _log_mean(pooled, samples)[at],
-        "apjn_forward_log": _log_mean(trajectory.forward(), samples)[at],
+        "apjn_forward_log": _log_mean(trajectory.forward_log, samples)[at],
         **_added(_mean(_diagonal_mean(trajectory.added), samples), trajectory),
     }
     if trajectory.attention and _one_attention_per_block(trajectory):
         over = tuple(range(1, trajectory.attention["attention_entropy"].ndim))
-        counts = np.stack([step.visible.counts for step in trajectory.steps if step.statistics is not None])
-        shape = (len(counts), *(1,) * len(samples), n)
-        entropy = trajectory.attention["attention_entropy"]
-        relative = (
-            np.where(counts > 1, 1.0, np.nan).reshape(shape) * entropy / np.log(np.maximum(counts, 2)).reshape(shape)
-        )
+        entropy, visible = (trajectory.attention[key] for key in ("attention_entropy", "visible_keys"))
+        relative = np.where(visible > 1, entropy, np.nan) / np.log(np.maximum(visible, 2))
         curves |= {
             "attention_entropy": entropy.mean(axis=over),
-            "attention_entropy_relative": np.nanmean(relative, axis=over) if n > 1 else np.ones(len(counts)),
+            "attention_entropy_relative": np.nanmean(relative, axis=over) if n > 1 else np.ones(len(entropy)),
             "participation": 1 / trajectory.attention["inverse_participation"].mean(axis=over),
             "logit_variance": trajectory.attention["logit_variance"].mean(axis=over),
         }

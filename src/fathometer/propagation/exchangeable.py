@@ -250,7 +250,8 @@ def propagate(spec: Transformer, *, n_tokens: int, q: Any, p: Any, closure: Clos
         The trajectory. Cost: one pass over the depth, O(batch) work and memory a sublayer; only the forward pass is
         sequential, the transfer matrices of a run of equal blocks are built in one vectorised call.
     Raises:
-        DomainError: for moments no set of tokens can have.
+        DomainError: for moments no set of tokens can have, or a single stack whose stream overflows, naming the sublayer. On a
+            grid overflowing points hold infinities; :attr:`Trajectory.status` marks them.
     """
     stream = check_moments(n_tokens, q, p)
     streams: list[Moments] = [stream]
@@ -260,13 +261,15 @@ def propagate(spec: Transformer, *, n_tokens: int, q: Any, p: Any, closure: Clos
     for block in spec.blocks:
         steps = [HalfLayer(sublayer, n_tokens, closure) for sublayer in block.sublayers]
         runs.append((steps, len(records), block.repeat))
-        for _ in range(block.repeat):
-            for step in steps:
+        with np.errstate(over="ignore", invalid="ignore"):  # a stream that overflows is reported below
+            for step in steps * block.repeat:
                 stream, branch, record = step.forward(stream)
                 streams.append(stream)
                 added.append(branch)
                 records.append(record)
     shape = np.broadcast_shapes(np.shape(stream.q), np.shape(stream.p))
+    if shape == () and not np.isfinite(stream.q):
+        _refuse_overflow(streams)
     transfer = np.empty((len(records), 2, 2, *shape))
     attention: dict[str, Any] = {}
     for steps, start, repeat in runs:
@@ -279,6 +282,7 @@ def propagate(spec: Transformer, *, n_tokens: int, q: Any, p: Any, closure: Clos
     return Trajectory(
         spec=spec,
         n_tokens=int(n_tokens),
+        n_others=closure.others(int(n_tokens)),
         closure=closure.name,
         borders=block_borders(spec),
         q=_stack([s.q for s in streams], shape),
@@ -292,6 +296,17 @@ def propagate(spec: Transformer, *, n_tokens: int, q: Any, p: Any, closure: Clos
             for key, value in attention.items()
             if key != "index"
         },
+    )
+
+
+def _refuse_overflow(streams: Sequence[Moments]) -> None:
+    first = next(i for i, moments in enumerate(streams) if not np.isfinite(moments.q))
+    level = float(streams[first - 1].q)
+    raise DomainError(
+        f"the stream overflows at sublayer {first - 1} of {len(streams) - 1}: q is {level:.3g} one sublayer before. "
+        "Shorten the stack, scale branches down, or put norms in front of them",
+        value=level,
+        index=(first - 1,),
     )
 
 

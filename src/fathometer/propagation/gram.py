@@ -52,7 +52,10 @@ class GramTrajectory:
         grams: Gram matrices over coordinates; shape ``(n_half + 1, *batch, n_tokens, n_tokens)``.
         added: Gram matrices of what each branch adds; shape ``(n_half, *batch, n_tokens, n_tokens)``.
         attention: Per attention sublayer and query: ``attention_entropy`` (nats), ``inverse_participation``,
-            ``logit_variance``; each of shape ``(n_attention, *batch, n_tokens)``.
+            ``logit_variance`` and ``visible_keys``; each of shape ``(n_attention, *batch, n_tokens)``.
+        forward_log: Log mean square of an isotropic perturbation of the input, ``ln J^{m,0}``, at every sublayer border;
+            shape ``(n_half + 1, *batch)``.
+        averaging, mixing: The closure, and the fixed attention if one was given.
     """
 
     spec: Transformer
@@ -62,54 +65,41 @@ class GramTrajectory:
     grams: FloatArray
     added: FloatArray
     attention: dict[str, FloatArray]
-    steps: list[GramHalfLayer] = field(repr=False)
+    forward_log: FloatArray
+    averaging: Closure = field(repr=False)
+    mixing: Mixing | None = field(repr=False)
 
     @property
     def n_tokens(self) -> int:
         """Number of tokens."""
         return int(self.grams.shape[-1])
 
-    def backward(self, boundary: FloatArray | None = None) -> tuple[FloatArray, FloatArray]:
-        """Carry a gradient Gram matrix from the output to every sublayer border.
+    def backward(self, *boundaries: FloatArray | None) -> list[tuple[FloatArray, FloatArray]]:
+        """Carry gradient Gram matrices from the output to every sublayer border.
+
+        Sublayers are rebuilt from the kept Gram matrices, last first, so nothing but those is held in memory.
 
         Args:
-            boundary: Gram matrix of the output gradients over coordinates, shape ``(*batch, n, n)``; the identity
-                (isotropic noise, hence the APJN) by default, the all-ones matrix for a mean-pooled loss.
+            boundaries: Gram matrices of the output gradients over coordinates, each of shape ``(*batch, n, n)``; ``None`` is the
+                identity (isotropic noise, hence the APJN), the all-ones matrix a mean-pooled loss.
         Returns:
-            ``log_norm`` of shape ``(n_half + 1, *batch)``, the log of the mean square relative to the output, and
-            the matrices divided by that mean square, shape ``(n_half + 1, *batch, n, n)``. Rescaled at every step:
+            Per boundary: ``log_norm`` of shape ``(n_half + 1, *batch)``, the log of the mean square relative to the
+            output, and the matrices divided by that mean square, shape ``(n_half + 1, *batch, n, n)``. Rescaled at every step:
             no overflow at any depth.
         """
-        shape = self.grams.shape[1:]
-        start = np.eye(self.n_tokens) if boundary is None else np.asarray(boundary, dtype=np.float64)
-        gradient = np.broadcast_to(start, shape)
-        log_norm = np.zeros((len(self.steps) + 1, *shape[:-2]))
-        matrices = np.empty(self.grams.shape)
-        level = _mean_diagonal(gradient)
-        matrices[-1] = gradient = gradient / level[..., None, None]
-        for half in range(len(self.steps) - 1, -1, -1):
-            gradient = self.steps[half].backward(gradient)
-            level = _mean_diagonal(gradient)
-            gradient = gradient / level[..., None, None]
-            log_norm[half] = log_norm[half + 1] + np.log(level)
-            matrices[half] = gradient
-        return log_norm, matrices
-
-    def forward(self) -> FloatArray:
-        """Carry an isotropic perturbation of the input forward.
-
-        Returns:
-            Its log mean square relative to the input at every sublayer border, shape ``(n_half + 1, *batch)``: the
-            forward APJN, ``ln J^{m,0}``.
-        """
-        tangent = np.broadcast_to(np.eye(self.n_tokens), self.grams.shape[1:])
-        log_norm = np.zeros((len(self.steps) + 1, *self.grams.shape[1:-2]))
-        for half, step in enumerate(self.steps):
-            tangent = step.forward(tangent)
-            level = _mean_diagonal(tangent)
-            tangent = tangent / level[..., None, None]
-            log_norm[half + 1] = log_norm[half] + np.log(level)
-        return log_norm
+        shape, n_half = self.grams.shape[1:], len(self.added)
+        out = [(np.zeros((n_half + 1, *shape[:-2])), np.empty(self.grams.shape)) for _ in boundaries]
+        for (_, matrices), boundary in zip(out, boundaries, strict=True):
+            start = np.eye(self.n_tokens) if boundary is None else np.asarray(boundary, dtype=np.float64)
+            matrices[-1], _ = _rescaled(np.broadcast_to(start, shape))
+        sublayers = [sublayer for block in self.spec.layers() for sublayer in block.sublayers]
+        build = _Builder(self.n_tokens, self.averaging, self.mixing)
+        for half in range(n_half - 1, -1, -1):
+            step = build(sublayers[half], self.grams[half])
+            for log_norm, matrices in out:
+                matrices[half], growth = _rescaled(step.backward(matrices[half + 1]))
+                log_norm[half] = log_norm[half + 1] + growth
+        return out
 
 
 class GramHalfLayer:
@@ -288,29 +278,62 @@ def propagate_gram(spec: Transformer, gram: Any, *, closure: Closure, attention:
     """
     current = check_gram(gram)
     n_tokens = current.shape[-1]
-    visibilities = {flag: Visibility(n_tokens, causal=flag) for flag in (False, True)}
     fixed = None if attention is None else FixedMixing(check_attention(attention, n_tokens))
-    steps: list[GramHalfLayer] = []
-    grams, added = [current], []
+    build = _Builder(n_tokens, closure, fixed)
+    tangent = np.broadcast_to(np.eye(n_tokens), current.shape)
+    grams: list[FloatArray] = [current]
+    added: list[FloatArray] = []
+    growths: list[FloatArray] = [np.zeros(current.shape[:-2])]
+    rows: list[dict[str, FloatArray]] = []
+    attends: list[bool] = []
     for block in spec.layers():
         for sublayer in block.sublayers:
-            causal = isinstance(sublayer.branch, SelfAttention) and sublayer.branch.causal
-            step = GramHalfLayer(sublayer, current, closure, visibilities[causal], fixed)
+            step = build(sublayer, current)
+            tangent, growth = _rescaled(step.forward(tangent))
             current = step.output
-            steps.append(step)
+            if not np.all(np.isfinite(current)):
+                level = float(np.max(grams[-1]))
+                raise DomainError(
+                    f"the stream overflows at sublayer {len(added)}: its largest entry is {level:.3g} one sublayer before",
+                    value=level,
+                    index=(len(added),),
+                )
             grams.append(current)
             added.append(step.added)
-    rows = [step.statistics for step in steps if step.statistics is not None]
+            growths.append(growth)
+            attends.append(step.statistics is not None)
+            if step.statistics is not None:
+                rows.append(step.statistics)
     return GramTrajectory(
         spec=spec,
         closure=closure.name if attention is None else "fixed",
         borders=block_borders(spec),
-        is_attention=np.array([step.statistics is not None for step in steps]),
+        is_attention=np.array(attends),
         grams=np.stack(grams),
         added=np.stack(added),
         attention={key: np.stack([row[key] for row in rows]) for key in rows[0]} if rows else {},
-        steps=steps,
+        forward_log=np.cumsum(growths, axis=0),
+        averaging=closure,
+        mixing=fixed,
     )
+
+
+class _Builder:
+    """Builds sublayers on demand, with the sums over visible keys shared between them."""
+
+    def __init__(self, n_tokens: int, closure: Closure, mixing: Mixing | None) -> None:
+        self._closure, self._mixing = closure, mixing
+        self._visible = {flag: Visibility(n_tokens, causal=flag) for flag in (False, True)}
+
+    def __call__(self, sublayer: Sublayer, gram: FloatArray) -> GramHalfLayer:
+        causal = isinstance(sublayer.branch, SelfAttention) and sublayer.branch.causal
+        return GramHalfLayer(sublayer, gram, self._closure, self._visible[causal], self._mixing)
+
+
+def _rescaled(matrix: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Return a Gram matrix with mean diagonal one, and the log of what it was divided by."""
+    level = _mean_diagonal(matrix)
+    return matrix / level[..., None, None], np.log(level)
 
 
 def _row_statistics(visible: Visibility, scores: FloatArray, coupling: Any, closure: Closure) -> dict[str, FloatArray]:
@@ -327,7 +350,12 @@ def _row_statistics(visible: Visibility, scores: FloatArray, coupling: Any, clos
     else:
         y2 = np.broadcast_to(1 / n, variance.shape)
         entropy = np.broadcast_to(np.log(n), variance.shape)
-    return {"attention_entropy": entropy, "inverse_participation": y2, "logit_variance": variance}
+    return {
+        "attention_entropy": entropy,
+        "inverse_participation": y2,
+        "logit_variance": variance,
+        "visible_keys": np.broadcast_to(n, variance.shape),
+    }
 
 
 def _mean_diagonal(matrix: FloatArray) -> FloatArray:

@@ -20,6 +20,7 @@ class Trajectory:
     Attributes:
         spec: The transformer that was propagated.
         n_tokens: Number of tokens.
+        n_others: Weight of the other tokens in the pairing of gradients and perturbations, ``n_tokens - 1``.
         closure: Name of the closure.
         borders: Half-layer index at which each block starts, and the end; shape ``(n_layers + 1,)``.
         q, p: Moments of the stream at sublayer borders; shape ``(n_half + 1, *batch)``.
@@ -32,6 +33,7 @@ class Trajectory:
 
     spec: Transformer
     n_tokens: int
+    n_others: int
     closure: str
     borders: NDArray[np.int64]
     q: FloatArray
@@ -46,3 +48,8 @@ class Trajectory:
     def n_layers(self) -> int:
         """Number of blocks."""
         return len(self.borders) - 1
+
+    @property
+    def status(self) -> NDArray[np.str_]:
+        """``"ok"`` or ``"overflow"`` for every point of the batch."""
+        return np.where(np.all(np.isfinite(self.q), axis=0), "ok", "overflow")
