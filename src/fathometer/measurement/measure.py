@@ -229,18 +229,19 @@ def _redrawable(model: nn.Module, stack: Stack, reading: ModelReading | None) ->
 
 
 def _duplicates(stack: Stack) -> tuple[tuple[int, ...], ...]:
-    """Return groups of layers whose weight matrices are equal, entry by entry."""
-    groups: list[list[int]] = []
-    for layer, block in enumerate(stack.blocks):
-        matrices = [p.detach() for p in block.parameters() if p.ndim >= 2]
+    """Return groups of layers whose weight matrices are equal, entry by entry.
+
+    Layers are first told apart by the shapes and first entries of their matrices; only those that agree are compared in full.
+    """
+    alike: dict[tuple[Any, ...], list[list[int]]] = {}
+    matrices = [[p.detach() for p in block.parameters() if p.ndim >= 2] for block in stack.blocks]
+    for layer, weights in enumerate(matrices):
+        key = tuple((tuple(w.shape), float(w.flatten()[0])) for w in weights)
+        groups = alike.setdefault(key, [])
         for group in groups:
-            other = [p.detach() for p in stack.blocks[group[0]].parameters() if p.ndim >= 2]
-            if len(other) == len(matrices) and all(
-                a.shape == b.shape and bool(a.flatten()[0] == b.flatten()[0]) and torch.equal(a, b)
-                for a, b in zip(matrices, other, strict=True)
-            ):
+            if all(torch.equal(a, b) for a, b in zip(weights, matrices[group[0]], strict=True)):
                 group.append(layer)
                 break
         else:
             groups.append([layer])
-    return tuple(tuple(group) for group in groups if len(group) > 1)
+    return tuple(tuple(group) for groups in alike.values() for group in groups if len(group) > 1)

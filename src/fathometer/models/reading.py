@@ -7,6 +7,7 @@ tensor on the previous one and on the branch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -130,9 +131,10 @@ def check_weights(model: nn.Module) -> None:
             raise ModelError(
                 f"parameter {name!r} has dtype {parameter.dtype}; accepted: floating point (not quantised)"
             )
-        if not bool(torch.isfinite(parameter).all()):
+        top = float(torch.linalg.vector_norm(parameter.detach(), torch.inf)) if parameter.numel() else 0.0
+        if not math.isfinite(top):
             raise ModelError(f"parameter {name!r} holds NaN or infinity")
         if parameter.ndim >= 2:
-            largest = max(largest, float(parameter.detach().abs().max()))
+            largest = max(largest, top)
     if largest == 0.0:
         raise ModelError("every weight matrix is zero: there is no randomness to propagate; initialise the model first")
