@@ -193,3 +193,66 @@ def test_loading_leaves_the_random_state_alone() -> None:
     assert torch.equal(before, torch.get_rng_state())
     second = load_model("hf:gpt2", layers=1, width=64, seed=1).model
     assert torch.equal(first.h[0].mlp.c_fc.weight, second.h[0].mlp.c_fc.weight)
+
+
+class FusedBlock(nn.Module):
+    """The common vision block: one linear map for queries, keys and values, and a layer scale on each branch."""
+
+    def __init__(self, d: int = 64, heads: int = 4, scale: float = 0.5) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.qkv, self.proj = nn.Linear(d, 3 * d), nn.Linear(d, d)
+        self.fc1, self.act, self.fc2 = nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d)
+        self.ls1, self.ls2 = LayerScale(d, scale), LayerScale(d, scale)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        b, n, d = x.shape
+        q, k, v = self.qkv(self.norm1(x)).reshape(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, d)
+        x = x + self.ls1(self.proj(mixed))
+        return x + self.ls2(self.fc2(self.act(self.fc1(self.norm2(x)))))
+
+
+class LayerScale(nn.Module):
+    def __init__(self, d: int, value: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((d,), value))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.gamma
+
+
+def test_fused_projections_and_layer_scale() -> None:
+    reading = _read(nn.Sequential(FusedBlock(), FusedBlock(scale=0.1)), torch.randn(2, 9, 64))
+    scales = [part.sublayer.branch_scale for layer in reading.layers for part in layer]
+    assert scales == pytest.approx([0.5, 0.5, 0.1, 0.1], rel=1e-4)
+    roles = reading.layers[1][0].roles
+    assert [(roles[r].parameter, roles[r].start, roles[r].stop) for r in ("query", "key", "value")] == [
+        ("1.qkv.weight", 0, 64),
+        ("1.qkv.weight", 64, 128),
+        ("1.qkv.weight", 128, 192),
+    ]
+
+
+def test_timm_names_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for the optional package: sizes are passed on, and its errors become one sentence."""
+    import sys
+    import types
+
+    asked: dict[str, Any] = {}
+
+    def create_model(name: str, **options: Any) -> nn.Module:
+        if name != "vit_tiny":
+            raise RuntimeError(f"Unknown model ({name})")
+        asked.update(options)
+        model = nn.Sequential(FusedBlock(), FusedBlock())
+        model.default_cfg = {"input_size": (3, 32, 32)}  # type: ignore[assignment]
+        return model
+
+    monkeypatch.setitem(sys.modules, "timm", types.SimpleNamespace(create_model=create_model))
+    loaded = load_model("timm:vit_tiny", layers=2, width=64)
+    assert loaded.kind == "image" and loaded.image_size == 32
+    assert asked == {"pretrained": False, "depth": 2, "embed_dim": 64}
+    with pytest.raises(ModelError, match=r"timm cannot build 'vit_huge': Unknown model"):
+        load_model("timm:vit_huge")
