@@ -1,7 +1,7 @@
 """Full-depth APJN: one reverse pass for all layers against one reverse pass per layer and draw.
 
-Both sides use the same network, the same random output gradients and the same number of draws; the naive side keeps one graph and
-differentiates the output once per (layer, draw), which is what a direct reading of the definition does.
+Both sides use the same network, the same random output gradients and the same number of draws; the naive side keeps one
+graph and differentiates the output once per (layer, draw), which is what a direct reading of the definition does.
 
     python benchmarks/apjn_speed.py
 """
@@ -74,7 +74,9 @@ def main() -> None:
     whole = timed(sound, model, stack, batch, seed=0, draws=1, **lean)
     print(f"  forward + backward                   {plain:8.2f} s")
     print(f"  q, p, branches, entropy and J        {whole:8.2f} s   {whole / plain:.2f} times a forward + backward")
-    print(f"  peak memory                          {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:8.2f} GB")
+    print(
+        f"  peak memory                          {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:8.2f} GB"
+    )
 
 
 if __name__ == "__main__":

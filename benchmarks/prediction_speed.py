@@ -1,6 +1,6 @@
 """Time of a prediction, and of importing the package.
 
-    python benchmarks/prediction_speed.py
+python benchmarks/prediction_speed.py
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ def best(spec: Transformer, repeats: int = 7) -> float:
 def main() -> None:
     """Print the figures."""
     scales = Scales(query=0.55, key=0.55, value=0.55, output=0.55, mlp_in=0.55, mlp_out=1.1)
-    dyt = Transformer.uniform(n_layers=128, d_model=768, n_heads=12, norm=DyT(alpha=0.8), activation="gelu", scales=scales)
+    dyt = Transformer.uniform(
+        n_layers=128, d_model=768, n_heads=12, norm=DyT(alpha=0.8), activation="gelu", scales=scales
+    )
     for label, spec in (
         ("128 layers, LayerNorm and GELU", preset("vit", n_layers=128)),
         ("128 layers, DyT and GELU", dyt),

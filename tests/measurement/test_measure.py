@@ -12,10 +12,10 @@ from torch import nn
 import fathometer as fm
 from fathometer.errors import BatchError, ModelError
 from fathometer.measurement import as_batch, observe
+from fathometer.measurement.batches import load_batch
 from fathometer.measurement.sounding import sound
 from fathometer.measurement.statistics import average, row_statistics, token_moments
 from fathometer.models import LoadedModel, Stack, load_model
-from fathometer.measurement.batches import load_batch
 
 
 def _network(depth: int = 3, width: int = 16, **options: object) -> nn.Module:
@@ -118,7 +118,7 @@ class _Fails(nn.Module):
 
 @pytest.mark.parametrize("interrupt", [False, True], ids=["finished", "failing half way"])
 def test_model_is_left_as_found(interrupt: bool) -> None:
-    """Weights, gradients, hooks, modes, fast path and random state are bitwise what they were, also after an exception."""
+    """Weights, gradients, hooks, modes and random state are bitwise what they were, also after an exception."""
     model = _network(depth=4).float()
     tokens = torch.randn(1, 6, 16)
     if interrupt:
@@ -155,7 +155,9 @@ def test_redraws_keep_scale_and_differ() -> None:
     found = observe(_network(width=32).float(), torch.randn(1, 6, 32), seeds=3)
     assert found.profile.errors["apjn_log"][0] > 0
     assert not np.array_equal(found.draws[0]["q"], found.draws[1]["q"])
-    again = observe(_network(width=32).float(), torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(1)), seeds=1)
+    again = observe(
+        _network(width=32).float(), torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(1)), seeds=1
+    )
     assert not again.profile.errors
 
 

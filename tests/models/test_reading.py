@@ -74,7 +74,9 @@ def test_a_spec_survives_being_built_and_read(name: str) -> None:
             assert type(a.branch) is type(b.branch)
             for field in a.branch.scale_names:
                 # one draw of d^2 entries or more: the spread of their root mean square is 1/sqrt(2 d^2)
-                assert getattr(b.branch, field) == pytest.approx(getattr(a.branch, field), rel=4.5 / math.sqrt(2 * 128 * 64))
+                assert getattr(b.branch, field) == pytest.approx(
+                    getattr(a.branch, field), rel=4.5 / math.sqrt(2 * 128 * 64)
+                )
             if isinstance(a.branch, SelfAttention):
                 assert (a.branch.n_heads, a.branch.causal) == (b.branch.n_heads, b.branch.causal)
                 assert (a.branch.n_kv_heads or a.branch.n_heads) == b.branch.n_kv_heads
@@ -129,7 +131,9 @@ def test_multihead_module_both_norm_placements_and_masks() -> None:
         attention, mlp = reading.spec.blocks[0].sublayers
         assert (attention.stream_norm is None) is norm_first
         assert mlp.branch.activation == "gelu"
-        assert attention.branch.query == pytest.approx(float(layer.self_attn.in_proj_weight.detach()[:64].std()) * 8, rel=1e-2)
+        assert attention.branch.query == pytest.approx(
+            float(layer.self_attn.in_proj_weight.detach()[:64].std()) * 8, rel=1e-2
+        )
     mask = nn.Transformer.generate_square_subsequent_mask(10)
     causal = _read(model, {"src": torch.randn(2, 10, 64), "mask": mask})
     assert causal.spec.is_causal
@@ -161,7 +165,6 @@ def test_what_is_not_covered_is_said() -> None:
 def test_finding_prefers_blocks_over_their_sublayers_and_stages() -> None:
     model = reference_network(SPECS["pre"], seed=0)
     tokens = torch.randn(1, 5, 128)
-    assert [len(stack) for stack in find_stacks(model, lambda: model(tokens))][0] == 2
     assert find_stacks(model, lambda: model(tokens))[0].names == ("blocks.0", "blocks.1")
 
 
@@ -175,7 +178,9 @@ def test_models_by_name(tmp_path: Any) -> None:
     with pytest.raises(ModelError, match=r"must lie in \[1, 1000000\]; got 0"):
         load_model("hf:gpt2", layers=0)
     file = tmp_path / "mine.py"
-    file.write_text("from torch import nn\ndef build(layers=2):\n    return nn.Linear(layers, 2)\ndef other():\n    return 1\n")
+    file.write_text(
+        "from torch import nn\ndef build(layers=2):\n    return nn.Linear(layers, 2)\ndef other():\n    return 1\n"
+    )
     assert load_model(f"{file}:build", layers=5).model.in_features == 5
     with pytest.raises(ModelError, match=r"no function 'biuld'; did you mean 'build'\?"):
         load_model(f"{file}:biuld")

@@ -65,7 +65,7 @@ def _exploding(curves: Curves, limits: Thresholds, skips: FloatArray | None) -> 
         text=(
             f"gradients grow {_number(np.exp(plain[worst]))}-fold in mean square from the output to block {worst} "
             f"({_number(np.exp(relative[worst]))}-fold relative to the stream; limit {limits.sensitivity_high:g}); "
-            f"{len(plain) - 1 - last} blocks already cross the limit"
+            f"{len(plain) - 1 - last} blocks cross it"
         ),
     )
 
@@ -83,8 +83,8 @@ def _vanishing(curves: Curves, limits: Thresholds, skips: FloatArray | None) -> 
         limit=limits.resolved_low,
         depth=len(resolved) - 1 - last,
         text=(
-            f"what tells tokens apart in the gradient shrinks to {np.exp(resolved[worst]):.2g} of its mean square at block "
-            f"{worst} (limit {limits.resolved_low:g}); {len(resolved) - 1 - last} blocks already cross the limit"
+            f"what tells tokens apart in the gradient shrinks to {np.exp(resolved[worst]):.2g} of its mean "
+            f"square at block {worst} (limit {limits.resolved_low:g}); {len(resolved) - 1 - last} blocks cross it"
         ),
     )
 
@@ -144,7 +144,9 @@ def _growth(curves: Curves, limits: Thresholds, skips: FloatArray | None) -> Evi
         value=float(q.max()),
         limit=limits.level_high,
         depth=int(high[0]),
-        text=f"the stream's mean square reaches {_number(q.max())} (limit {_number(limits.level_high)}), at block {high[0]}",
+        text=(
+            f"the stream's mean square reaches {_number(q.max())} (limit {_number(limits.level_high)}), at block {high[0]}"
+        ),
     )
 
 
@@ -161,7 +163,8 @@ def _negligible(curves: Curves, limits: Thresholds, skips: FloatArray | None) ->
             label = "the MLP" if kind == "mlp" else "attention"
             text = (
                 f"{label} adds {100 * share:.2g}% of what branches add to the stream (limit "
-                f"{100 * limits.share_low:g}%): {np.sqrt((1 - share) / max(share, 1e-300)):.0f} times less in amplitude than the other"
+                f"{100 * limits.share_low:g}%): "
+                f"{np.sqrt((1 - share) / max(share, 1e-300)):.0f} times less in amplitude than the other"
             )
             return Evidence(value=share, limit=limits.share_low, depth=0, text=text)
     total = float(np.sum(everything / curves["q"][:-1]))

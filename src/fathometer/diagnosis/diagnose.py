@@ -118,7 +118,8 @@ def _findings(
                     depth=int(group[1]),
                     text=(
                         f"{len(group)} of {len(found.stack)} blocks hold the same weights, entry by entry (blocks "
-                        f"{', '.join(map(str, group[:4]))}{', ...' if len(group) > 4 else ''}); were they copied instead of drawn?"
+                        f"{', '.join(map(str, group[:4]))}{', ...' if len(group) > 4 else ''}); "
+                        "were they copied instead of drawn?"
                     ),
                 ),
                 agreement=1.0,

@@ -117,7 +117,7 @@ def _families(reading: ModelReading, failing: set[str]) -> Iterable[Family]:
             cures=gradient,
             factors=_DOWN,
             change=lambda spec, f: scaled_field(spec, "alpha", f),
-            snippet=lambda f: _scale_norms(f),
+            snippet=_scale_norms,
         )
     if all(s.skip_scale == 0 for s in sublayers):
         yield Family(

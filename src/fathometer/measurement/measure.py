@@ -231,7 +231,8 @@ def _redrawable(model: nn.Module, stack: Stack, reading: ModelReading | None) ->
 def _duplicates(stack: Stack) -> tuple[tuple[int, ...], ...]:
     """Return groups of layers whose weight matrices are equal, entry by entry.
 
-    Layers are first told apart by the shapes and first entries of their matrices; only those that agree are compared in full.
+    Layers are first told apart by the shapes and first entries of their matrices; only those that agree are compared
+    in full.
     """
     alike: dict[tuple[Any, ...], list[list[int]]] = {}
     matrices = [[p.detach() for p in block.parameters() if p.ndim >= 2] for block in stack.blocks]

@@ -281,8 +281,8 @@ def _check_finite(levels: FloatArray) -> None:
         block = int(bad[0])
         last = f"; its mean square is {levels[block - 1]:.3g} one block before" if block else ""
         raise ModelError(
-            f"signal growth: the stream is NaN or infinite at block {block} of {len(levels) - 1}{last}. Shorten the stack to "
-            f"{max(block - 1, 1)} blocks to diagnose it, scale the branches down, or put norms in front of them"
+            f"signal growth: the stream is NaN or infinite at block {block} of {len(levels) - 1}{last}. Shorten the "
+            f"stack to {max(block - 1, 1)} blocks to diagnose it, scale the branches down, or put norms in front of them"
         )
 
 
@@ -290,8 +290,8 @@ def _check_repeatable(name: str, out: Tensor, kept: Tensor) -> None:
     scale = float(kept.abs().max())
     if float((out.detach() - kept).abs().max()) > 1e-3 * scale:
         raise ModelError(
-            f"block {name!r} gives another output when run twice on the same input (a cache, or randomness in evaluation "
-            "mode); switch it off, e.g. use_cache=False"
+            f"block {name!r} gives another output when run twice on the same input (a cache, or randomness in "
+            "evaluation mode); switch it off, e.g. use_cache=False"
         )
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Put ``model`` in evaluation mode inside the block; restore every module's mode and all random states on the way out."""
+    """Put ``model`` in evaluation mode inside the block; restore its modes and all random states on the way out."""
     modes = {module: module.training for module in model.modules()}
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     try:

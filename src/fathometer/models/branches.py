@@ -26,6 +26,11 @@ class Branch:
 
 
 def split_branches(trace: Trace) -> list[Branch]:
+    """Return the branches of a traced block in order.
+
+    Raises:
+        NotCoveredError: where the linear maps do not pair into entries and one exit.
+    """
     branches: list[Branch] = []
     entries: list[Call] = []
     inner: list[Call] = []
@@ -183,12 +188,13 @@ def _sums_after(branch: Branch, block_output: Tensor, trace: Trace) -> list[Tens
 
 
 def is_linear(call: Call) -> bool:
+    """Return whether a call multiplied its input by a weight matrix."""
     weight = getattr(call.module, "weight", None)
     return isinstance(weight, Tensor) and weight.ndim == 2 and call.input.shape[-1] in weight.shape
 
 
 def producer_of(tensor: Tensor, trace: Trace) -> Call | None:
-    """Return the last non-linear-map call whose output is ``tensor`` and whose input is not (so not a dropout at rest)."""
+    """Return the last call that made ``tensor`` from something else, unless it is a linear map."""
     for event in reversed(trace.events):
         if isinstance(event, Call) and same_tensor(event.output, tensor) and not same_tensor(event.input, tensor):
             return None if is_linear(event) else event
@@ -196,5 +202,6 @@ def producer_of(tensor: Tensor, trace: Trace) -> Call | None:
 
 
 def norm_input(tensor: Tensor, trace: Trace) -> Tensor:
+    """Return what a norm made ``tensor`` from, or ``tensor`` itself."""
     call = producer_of(tensor, trace)
     return tensor if call is None else call.input

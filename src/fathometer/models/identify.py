@@ -27,7 +27,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def identify_activation(before: Tensor, after: Tensor) -> str | None:
-    """Return the activation that maps ``before`` to ``after`` elementwise, the best match within tolerance, or ``None``."""
+    """Return the activation that maps ``before`` to ``after`` elementwise, or ``None`` where none does."""
     before, after = sampled(before), sampled(after)
     errors = {name: _misfit(after, function(before)) for name, function in _ACTIVATIONS.items()}
     best = min(errors, key=lambda name: errors[name])

@@ -1,4 +1,4 @@
-"""Models by name: real architectures built from their configuration classes with random weights. Nothing is downloaded."""
+"""Models by name, built from their configuration classes with random weights. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -144,7 +144,8 @@ def load_model(
         if ".py:" in name:
             return _load_file(name, sizes)
     raise ModelError(
-        f"cannot read the model {name!r}; accepted: hf:NAME ({', '.join(HF_NAMES)}), timm:NAME, or path/to/file.py:function"
+        f"cannot read the model {name!r}; accepted: hf:NAME ({', '.join(HF_NAMES)}), timm:NAME, "
+        "or path/to/file.py:function"
     )
 
 

@@ -150,7 +150,7 @@ def _from_multihead(
     attn_mask: Tensor | None = None,
     **others: Any,
 ) -> AttentionCall:
-    """Redo the input projection of ``nn.MultiheadAttention``, which calls its kernel out of sight; tokens come first."""
+    """Redo the input projection of ``nn.MultiheadAttention``, whose kernel runs out of sight; tokens come first."""
     d_head = embed_dim_to_check // num_heads
     if in_proj_weight is None:
         weights = [others["q_proj_weight"], others["k_proj_weight"]]

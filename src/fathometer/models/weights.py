@@ -41,6 +41,14 @@ class WeightSlice:
 
 
 def read_attention(name: str, branch: Branch) -> tuple[SelfAttention, dict[str, WeightSlice]]:
+    """Return the attention a branch computes and where its weights live.
+
+    Args:
+        name: The block's name, the prefix of parameter names.
+        branch: A branch with an attention operation.
+    Raises:
+        NotCoveredError: for projections that cannot be split, or masks neither full nor causal.
+    """
     call = branch.attention
     assert call is not None
     exit_call = branch.exit
@@ -191,6 +199,11 @@ def _softmax_multiplier(branch: Branch, slices: dict[str, WeightSlice], call: At
 
 
 def read_mlp(name: str, branch: Branch) -> tuple[MLP | GatedMLP, dict[str, WeightSlice]]:
+    """Return the MLP a branch computes and where its weights live.
+
+    Raises:
+        NotCoveredError: for an activation that no kernel knows, or more than two input maps.
+    """
     exit_call, entries = branch.exit, branch.entries
     d_in, hidden = branch.source.shape[-1], exit_call.input.shape[-1]
     after = exit_call.input

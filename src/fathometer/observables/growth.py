@@ -84,10 +84,13 @@ class Growth:
             power = 0.5 if "lambda" in c else 1 - self.decay[0]
             closed = f", lambda = {c['lambda']:.4g}" if "lambda" in c else ""
             return (
-                f"subcritical: ln J grows like (depth/lambda)^{power:.2g}{closed}; the local lambda near depth {self.depth} "
-                f"is {value:.4g} (changing by {error:.1g} per half decade)"
+                f"subcritical: ln J grows like (depth/lambda)^{power:.2g}{closed}; the local lambda near depth "
+                f"{self.depth} is {value:.4g} (changing by {error:.1g} per half decade)"
             )
-        return f"{self.kind}: J changes by a factor {c['chi']:.5g} a block, correlation length {value:.4g} +- {error:.2g} blocks"
+        return (
+            f"{self.kind}: J changes by a factor {c['chi']:.5g} a block, "
+            f"correlation length {value:.4g} +- {error:.2g} blocks"
+        )
 
 
 def growth(

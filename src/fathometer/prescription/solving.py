@@ -1,4 +1,4 @@
-"""Inverting the theory in one number: which alpha, or which branch scale, gives the gradients or the growth one wants."""
+"""Inverting the theory in one number: the alpha or branch scale that gives the gradients or growth one wants."""
 
 from __future__ import annotations
 
@@ -101,8 +101,8 @@ def solve_field(
     if crossings.size == 0:
         ends = (float(values[0] + wanted), float(values[-1] + wanted))
         message = (
-            f"no {field} in [{low:g}, {high:g}] gives ln {target} = {wanted:.4g}: it is {ends[0]:.4g} at the low end and "
-            f"{ends[1]:.4g} at the high end"
+            f"no {field} in [{low:g}, {high:g}] gives ln {target} = {wanted:.4g}: it is {ends[0]:.4g} at the low end "
+            f"and {ends[1]:.4g} at the high end"
         )
         if not collect:
             raise NoRootError(message, ends=(low, high), values=ends)

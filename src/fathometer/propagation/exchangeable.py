@@ -250,8 +250,8 @@ def propagate(spec: Transformer, *, n_tokens: int, q: Any, p: Any, closure: Clos
         The trajectory. Cost: one pass over the depth, O(batch) work and memory a sublayer; only the forward pass is
         sequential, the transfer matrices of a run of equal blocks are built in one vectorised call.
     Raises:
-        DomainError: for moments no set of tokens can have, or a single stack whose stream overflows, naming the sublayer. On a
-            grid overflowing points hold infinities; :attr:`Trajectory.status` marks them.
+        DomainError: for moments no set of tokens can have, or a single stack whose stream overflows, naming the
+            sublayer. On a grid overflowing points hold infinities; :attr:`Trajectory.status` marks them.
     """
     stream = check_moments(n_tokens, q, p)
     streams: list[Moments] = [stream]

@@ -53,8 +53,8 @@ class GramTrajectory:
         added: Gram matrices of what each branch adds; shape ``(n_half, *batch, n_tokens, n_tokens)``.
         attention: Per attention sublayer and query: ``attention_entropy`` (nats), ``inverse_participation``,
             ``logit_variance`` and ``visible_keys``; each of shape ``(n_attention, *batch, n_tokens)``.
-        forward_log: Log mean square of an isotropic perturbation of the input, ``ln J^{m,0}``, at every sublayer border;
-            shape ``(n_half + 1, *batch)``.
+        forward_log: Log mean square of an isotropic perturbation of the input, ``ln J^{m,0}``, at every sublayer
+            border; shape ``(n_half + 1, *batch)``.
         averaging, mixing: The closure, and the fixed attention if one was given.
     """
 
@@ -80,12 +80,12 @@ class GramTrajectory:
         Sublayers are rebuilt from the kept Gram matrices, last first, so nothing but those is held in memory.
 
         Args:
-            boundaries: Gram matrices of the output gradients over coordinates, each of shape ``(*batch, n, n)``; ``None`` is the
-                identity (isotropic noise, hence the APJN), the all-ones matrix a mean-pooled loss.
+            boundaries: Gram matrices of the output gradients over coordinates, each of shape ``(*batch, n, n)``;
+                ``None`` is the identity (isotropic noise, hence the APJN), the all-ones matrix a mean-pooled loss.
         Returns:
             Per boundary: ``log_norm`` of shape ``(n_half + 1, *batch)``, the log of the mean square relative to the
-            output, and the matrices divided by that mean square, shape ``(n_half + 1, *batch, n, n)``. Rescaled at every step:
-            no overflow at any depth.
+            output, and the matrices divided by that mean square, shape ``(n_half + 1, *batch, n, n)``. Rescaled at
+            every step: no overflow at any depth.
         """
         shape, n_half = self.grams.shape[1:], len(self.added)
         out = [(np.zeros((n_half + 1, *shape[:-2])), np.empty(self.grams.shape)) for _ in boundaries]
@@ -131,7 +131,7 @@ class GramHalfLayer:
         return np.asarray(self.sublayer.skip_scale**2 * gradient + self.sublayer.branch_scale**2 * rows * through)
 
     def forward(self, tangent: FloatArray) -> FloatArray:
-        """Map the Gram matrix of a perturbation of the input to that of the output (the adjoint of :meth:`backward`)."""
+        """Map the Gram matrix of a perturbation of the input to that of the output: the adjoint of :meth:`backward`."""
         rows, columns, after = self._slopes
         through = columns * self._through(rows * tangent, forward=True)
         skip, weight = self.sublayer.skip_scale**2, self.sublayer.branch_scale**2
@@ -242,7 +242,8 @@ def check_gram(gram: Any) -> FloatArray:
     lowest = float(np.min(np.linalg.eigvalsh(matrix)))
     if lowest < -1e-7 * largest * matrix.shape[-1]:
         raise DomainError(
-            f"gram must be positive semidefinite; its lowest eigenvalue is {lowest:.3g} (largest diagonal entry {largest:.3g})",
+            f"gram must be positive semidefinite; its lowest eigenvalue is {lowest:.3g} "
+            f"(largest diagonal entry {largest:.3g})",
             value=lowest,
         )
     return matrix
@@ -294,7 +295,7 @@ def propagate_gram(spec: Transformer, gram: Any, *, closure: Closure, attention:
             if not np.all(np.isfinite(current)):
                 level = float(np.max(grams[-1]))
                 raise DomainError(
-                    f"the stream overflows at sublayer {len(added)}: its largest entry is {level:.3g} one sublayer before",
+                    f"the stream overflows at sublayer {len(added)}: its largest entry is {level:.3g} one before",
                     value=level,
                     index=(len(added),),
                 )
