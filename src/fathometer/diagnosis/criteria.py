@@ -145,7 +145,8 @@ def _growth(curves: Curves, limits: Thresholds, skips: FloatArray | None) -> Evi
         limit=limits.level_high,
         depth=int(high[0]),
         text=(
-            f"the stream's mean square reaches {_number(q.max())} (limit {_number(limits.level_high)}), at block {high[0]}"
+            f"the stream's mean square reaches {_number(q.max())} (limit "
+            f"{_number(limits.level_high)}), at block {high[0]}"
         ),
     )
 
