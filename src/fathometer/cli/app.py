@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fathometer.cli.reproduce import reproduce
 from fathometer.errors import FathometerError, MissingExtraError
 
 app = typer.Typer(
@@ -137,6 +138,9 @@ def predict(
         console.print(f"Growth class not determined: {error}", highlight=False)
     else:
         console.print(f"Repeating the last block: {grown.sentence}.", highlight=False)
+
+
+app.command()(reproduce)
 
 
 def main() -> None:
