@@ -54,7 +54,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_diagnose_writes_a_report(folder: Path) -> None:
-    done = run("diagnose", "mine.py:build", "--batch", "tokens:64x16", "--seeds", "2", "--out", "out", "--strict", cwd=folder)
+    done = run(
+        "diagnose", "mine.py:build", "--batch", "tokens:64x16", "--seeds", "2", "--out", "out", "--strict", cwd=folder
+    )
     assert done.returncode == 0, done.stderr
     assert "Healthy" in done.stdout
     names = {path.name for path in (folder / "out").iterdir()}
@@ -65,7 +67,16 @@ def test_diagnose_writes_a_report(folder: Path) -> None:
 
 def test_strict_exit_code_for_an_unhealthy_model(folder: Path) -> None:
     done = run(
-        "diagnose", "mine.py:copied", "--batch", "tokens:64x16", "--seeds", "1", "--strict", "--json", "--no-forward", cwd=folder
+        "diagnose",
+        "mine.py:copied",
+        "--batch",
+        "tokens:64x16",
+        "--seeds",
+        "1",
+        "--strict",
+        "--json",
+        "--no-forward",
+        cwd=folder,
     )
     assert done.returncode == 1, done.stderr
     report = json.loads(done.stdout)

@@ -63,7 +63,11 @@ def _hf(
         loaded: LoadedModel = load_model(f"hf:{name}", layers=layers, width=width)
         with torch.no_grad():
             for parameter_name, parameter in loaded.model.named_parameters():
-                if edit is not None and parameter.ndim == 2 and any(piece.isdigit() for piece in parameter_name.split(".")):
+                if (
+                    edit is not None
+                    and parameter.ndim == 2
+                    and any(piece.isdigit() for piece in parameter_name.split("."))
+                ):
                     edit(parameter_name, parameter)
         return loaded.model, load_batch(None, loaded, n_tokens=48)
 
