@@ -46,7 +46,7 @@ class Family:
     factors: FloatArray
     change: Callable[[Transformer, FloatArray], Transformer]
     snippet: Callable[[float], str]
-    quantity: str = "factor"
+    restores_skip: bool = False
 
 
 def remedies(
@@ -71,7 +71,7 @@ def remedies(
         targets = family.cures & failing & fails_before
         if not targets:
             continue
-        found = _mildest(family, spec, start, limits, targets, fails_before)
+        found = _mildest(family, spec, start, limits, targets, fails_before, skips)
         if found is None:
             continue
         factor, cured, after = found
@@ -128,6 +128,7 @@ def _families(reading: ModelReading, failing: set[str]) -> Iterable[Family]:
                 spec.map_sublayers(lambda s: replace(s, skip_scale=1.0)), "branch_scale", f
             ),
             snippet=lambda f: f"x = x + {f:.3g} * branch(norm(x))   # in every sublayer's forward",
+            restores_skip=True,
         )
     if any(s.stream_norm is not None for s in sublayers):
         yield Family(
@@ -135,7 +136,9 @@ def _families(reading: ModelReading, failing: set[str]) -> Iterable[Family]:
             cures=gradient,
             factors=np.concatenate([[1.0], _DOWN]),
             change=lambda spec, f: scaled_field(spec.map_sublayers(_pre_norm), "branch_scale", f),
-            snippet=lambda f: "x = x + branch(norm(x))   # instead of x = norm(x + branch(x)); e.g. norm_first=True",
+            snippet=lambda f: (
+                f"x = x + {f:.3g} * branch(norm(x))   # instead of x = norm(x + branch(x)); e.g. norm_first=True"
+            ),
         )
     if all(s.output_norm is None for s in sublayers):
         outputs = [s for role in ("output", "mlp_out") for s in _slices(reading, role)]
@@ -181,7 +184,13 @@ def _families(reading: ModelReading, failing: set[str]) -> Iterable[Family]:
 
 
 def _mildest(
-    family: Family, spec: Transformer, start: Start, limits: Thresholds, targets: frozenset[str], fails_before: set[str]
+    family: Family,
+    spec: Transformer,
+    start: Start,
+    limits: Thresholds,
+    targets: frozenset[str],
+    fails_before: set[str],
+    skips: FloatArray | None,
 ) -> tuple[float, set[str], Curves] | None:
     """Return the factor closest to one at which most targets pass, with a margin, and nothing new fails."""
     try:
@@ -194,9 +203,10 @@ def _mildest(
     best: tuple[int, float, float, set[str], Curves] | None = None
     for i, factor in enumerate(family.factors):
         curves = {name: curve[:, i] for name, curve in grid.items()}
-        if _failures(curves, limits, None) - fails_before:
+        kept = None if family.restores_skip else skips
+        if _failures(curves, limits, kept) - fails_before:
             continue
-        cured = set(targets - _failures(curves, strict, None))
+        cured = set(targets - _failures(curves, strict, kept))
         key = (-len(cured), abs(float(np.log(factor))))
         if cured and (best is None or key < best[:2]):
             best = (*key, float(factor), cured, curves)

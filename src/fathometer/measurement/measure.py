@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fathometer.errors import BatchError, FathometerError, ModelError, NotCoveredError
+from fathometer.errors import BatchError, FathometerError, ModelError, NotCoveredError, SpecError
 from fathometer.measurement.batches import Batch, as_batch
 from fathometer.measurement.sounding import sound
 from fathometer.measurement.statistics import average, gram_matrix
@@ -135,6 +135,8 @@ def observe(
                 readings[layer] = read_block(stack.names[layer], before, after, trace)
             except NotCoveredError as error:
                 readings[layer] = error
+            except SpecError as error:
+                readings[layer] = NotCoveredError(str(error))
 
         def report(draw: int) -> Callable[[int], None] | None:
             if progress is None:
@@ -177,14 +179,16 @@ def observe(
         not_covered=reason,
         duplicates=duplicates,
         other_stacks=tuple(s.label for s in stacks[1:]),
-        notes=tuple(dict.fromkeys(note for s in soundings for note in s.notes)),
+        notes=tuple(dict.fromkeys([*(note for s in soundings for note in s.notes), *_own_notes(soundings)])),
     )
 
 
 def _stacks(model: nn.Module, batch: Batch, blocks: str | Sequence[nn.Module] | None) -> list[Stack]:
-    if blocks is not None:
-        return [named_stack(model, blocks)]
     try:
+        if blocks is not None:
+            with torch.no_grad():
+                batch.call(model)
+            return [named_stack(model, blocks)]
         return find_stacks(model, lambda: batch.call(model))
     except FathometerError:
         raise
@@ -213,6 +217,22 @@ def _rescaled_added(curves: dict[str, FloatArray], scales: list[list[float]], re
             if all(len(row) == 1 for row in factors):
                 out[name] = curves[name] * np.array([row[0] ** 2 for row in factors])
     return out
+
+
+def _own_notes(soundings: list[Any]) -> list[str]:
+    """Say so where the model's own weights do not behave like random ones of the same size."""
+    if len(soundings) < 2:
+        return []
+    own, redraws = soundings[0].curves, [s.curves for s in soundings[1:]]
+    for name in ("apjn_log", "q"):
+        logs = [c[name] if name.endswith("_log") else np.log(c[name]) for c in (own, *redraws)]
+        scatter = max(float(np.max(np.std(logs[1:], axis=0))) if len(logs) > 2 else 0.0, 0.1)
+        if float(np.max(np.abs(logs[0] - np.mean(logs[1:], axis=0)))) > 7 * scatter:
+            return [
+                "the model's own weights do not behave like independent random weights of the same size (trained, or "
+                "drawn in a special way): the verdict is theirs, the averaged curves and the theory describe random ones"
+            ]
+    return []
 
 
 def _redrawable(model: nn.Module, stack: Stack, reading: ModelReading | None) -> list[WeightSlice]:

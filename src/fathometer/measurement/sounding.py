@@ -33,6 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fathometer.errors import ModelError, NotCoveredError
 from fathometer.measurement.batches import Batch
+from fathometer.measurement.layout import Layout, layout_of
 from fathometer.measurement.statistics import row_statistics, token_moments
 from fathometer.models.branches import branch_outputs
 from fathometer.models.finding import Stack
@@ -82,17 +83,17 @@ def record_calls(model: nn.Module, stack: Stack, batch: Batch, tangent: bool, se
     def before(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         stream = first_tensor(args, kwargs)
         assert stream is not None
+        replaced: Tensor
         if not tangent:
-            calls.append(BlockCall(stream, args, kwargs))
-            return None
-        if not norms:
+            replaced = stream
+        elif not norms:
             direction = torch.randn(stream.shape, generator=generator).to(stream)
-            replaced: Tensor = forward_ad.make_dual(stream.detach(), direction)  # type: ignore[no-untyped-call]
+            replaced = forward_ad.make_dual(stream.detach(), direction)  # type: ignore[no-untyped-call]
             norms.append(_mean_square(direction))
         else:
             replaced = stream
             norms.append(_mean_square(_tangent_of(stream)))
-        plain = _primal(replaced)
+        plain = _primal(replaced).clone()  # a block may overwrite its input
 
         def swap(value: Any) -> Any:
             return replaced if value is stream else value
@@ -169,17 +170,18 @@ def sound(
         calls, _ = record_calls(model, stack, batch, False, seed)
     if progress is not None:
         progress(len(stack))
-    streams = [call.stream for call in calls] + [calls[-1].output]
-    assert streams[-1] is not None
-    moments = np.array([token_moments(stream) for stream in streams if stream is not None])
+    last = calls[-1].output
+    assert last is not None
+    layout = _layout(stack.blocks[0], calls[0])
+    moments = np.array([token_moments(layout.arranged(x)) for x in (*(call.stream for call in calls), last)])
     _check_finite(moments[:, 0])
     curves: dict[str, FloatArray] = {"q": moments[:, 0], "p": moments[:, 1], "cosine": moments[:, 1] / moments[:, 0]}
     if ahead is not None:
         curves["apjn_forward_log"] = ahead
     rows: list[dict[str, float]] = []
     added: list[dict[str, float]] = []
-    cotangents = _cotangents(streams[-1], seed, draws, pooled)
-    starts = [_gradient_moments(c) for c in cotangents]
+    cotangents = _cotangents(last, layout, seed, draws, pooled)
+    starts = [token_moments(layout.arranged(c)) for c in cotangents]
     logs = np.zeros((len(stack) + 1, len(cotangents)))
     overlaps = np.zeros((len(stack) + 1, len(cotangents)))
     overlaps[-1] = [start[1] / start[0] for start in starts]
@@ -188,16 +190,17 @@ def sound(
         block = stack.blocks[layer]
         leaf = call.stream.detach().requires_grad_()
         with torch.enable_grad(), tracing(block) if watch else nullcontext(Trace()) as trace:
-            out = call.run(block, leaf)
+            entered = leaf.clone()  # which a block may overwrite
+            out = call.run(block, entered)
         if check_state and call.output is not None:
             _check_repeatable(stack.names[layer], out, call.output)
         if inspect is not None:
-            inspect(layer, call.stream, out.detach(), trace)
+            inspect(layer, entered.detach(), out.detach(), trace)
         rows.append(_attention_rows(trace))
         added.append(_added_squares(trace, None if added_scales is None else added_scales[layer]))
         del trace
-        for i, gradient in enumerate(_pull_back(out, leaf, cotangents)):
-            level, overlap = _gradient_moments(gradient)
+        for i, gradient in enumerate(_pull_back(stack.names[layer], out, leaf, cotangents)):
+            level, overlap = token_moments(layout.arranged(gradient))
             if not math.isfinite(level) or level <= 0:
                 raise ModelError(
                     f"the gradient at {stack.names[layer]!r} is {level}; it cannot be carried further back"
@@ -216,27 +219,30 @@ def sound(
     if pooled:
         curves["gradient_log"] = logs[:, -1]
     curves |= _layer_curves(rows[::-1], added[::-1])
-    return Sounding(curves=curves, first_stream=streams[0], notes=notes)  # type: ignore[arg-type]
+    return Sounding(curves=curves, first_stream=layout.arranged(calls[0].stream), notes=notes)
 
 
-def _cotangents(output: Tensor, seed: int, draws: int, pooled: bool) -> list[Tensor]:
+def _layout(block: nn.Module, call: BlockCall) -> Layout:
+    with torch.no_grad(), tracing(block) as trace:
+        call.run(block, call.stream.clone())
+    return layout_of(block, call.stream, trace)
+
+
+def _cotangents(output: Tensor, layout: Layout, seed: int, draws: int, pooled: bool) -> list[Tensor]:
     generator = parameter_generator(seed, "cotangent")
     out = [torch.randn(output.shape, generator=generator).to(output) for _ in range(draws)]
     if pooled:
-        shared = torch.randn((output.shape[0], 1, output.shape[2]), generator=generator).to(output)
+        shared = torch.randn(layout.shared_shape(output), generator=generator).to(output)
         out.append(shared.expand_as(output).contiguous())
     return out
 
 
-def _pull_back(out: Tensor, leaf: Tensor, cotangents: list[Tensor]) -> list[Tensor]:
+def _pull_back(name: str, out: Tensor, leaf: Tensor, cotangents: list[Tensor]) -> list[Tensor]:
     last = len(cotangents) - 1
-    return [
-        torch.autograd.grad(out, leaf, cotangent, retain_graph=i < last)[0] for i, cotangent in enumerate(cotangents)
-    ]
-
-
-def _gradient_moments(gradient: Tensor) -> tuple[float, float]:
-    return token_moments(gradient)
+    try:
+        return [torch.autograd.grad(out, leaf, c, retain_graph=i < last)[0] for i, c in enumerate(cotangents)]
+    except RuntimeError as error:
+        raise ModelError(f"no gradient flows back through block {name!r}: {str(error).splitlines()[0]}") from error
 
 
 def _attention_rows(trace: Trace) -> dict[str, float]:
@@ -282,13 +288,14 @@ def _check_finite(levels: FloatArray) -> None:
         last = f"; its mean square is {levels[block - 1]:.3g} one block before" if block else ""
         raise ModelError(
             f"signal growth: the stream is NaN or infinite at block {block} of {len(levels) - 1}{last}. Shorten the "
-            f"stack to {max(block - 1, 1)} blocks to diagnose it, scale the branches down, or put norms in front of them"
+            f"stack to {max(block - 1, 1)} blocks to diagnose it, scale branches down, or put norms in front of them"
         )
 
 
 def _check_repeatable(name: str, out: Tensor, kept: Tensor) -> None:
     scale = float(kept.abs().max())
-    if float((out.detach() - kept).abs().max()) > 1e-3 * scale:
+    tolerance = max(1e-3, 16 * torch.finfo(kept.dtype).eps)
+    if float((out.detach() - kept).abs().max()) > tolerance * scale:
         raise ModelError(
             f"block {name!r} gives another output when run twice on the same input (a cache, or randomness in "
             "evaluation mode); switch it off, e.g. use_cache=False"

@@ -49,11 +49,12 @@ def row_statistics(scores: Tensor) -> dict[str, float]:
     spread = ((shown - mean).square() * visible).sum(-1) / (counts - 1).clamp_min(1)
     many = counts > 1
     relative = entropy[many] / counts[many].float().log()
+    some = counts > 0  # padded queries see nothing
     return {
-        "entropy": float(entropy.double().mean()),
+        "entropy": float(entropy[some].double().mean()),
         "entropy_relative": float(relative.double().mean()) if bool(many.any()) else 1.0,
-        "y2": float(weights.square().sum(-1).double().mean()),
-        "logit_variance": float(spread.double().mean()),
+        "y2": float(weights.square().sum(-1)[some].double().mean()),
+        "logit_variance": float(spread[some].double().mean()),
     }
 
 

@@ -82,12 +82,12 @@ def entry(branch: Branch, streams: list[Tensor], trace: Trace) -> tuple[Norm | N
         raise NotCoveredError(f"the input of {branch.entries[0].name!r} is neither the stream nor a norm of it")
     for stream in streams:
         if same_tensor(call.input, stream):
-            norm = identify_norm(call.module, call.input, call.output)
+            norm = identify_norm(call.module, call.before, call.after)
             if norm is None:
                 raise NotCoveredError(f"{call.name!r} ({type(call.module).__name__}) is no norm the theory knows")
             return norm, stream
     # A custom residual may compute the stream afresh: take the norm's input as the stream, the fit decides.
-    norm = identify_norm(call.module, call.input, call.output)
+    norm = identify_norm(call.module, call.before, call.after)
     if norm is None:
         raise NotCoveredError(f"{call.name!r} ({type(call.module).__name__}) is no norm the theory knows")
     return norm, call.input
@@ -100,6 +100,8 @@ def leaving(branch: Branch, trace: Trace) -> tuple[Tensor, Norm | None, float, s
     name.
     """
     current, norm, gain, last = branch.exit.output, None, 1.0, branch.exit.name
+    if branch.exit.overwritten:
+        raise NotCoveredError(f"the output of {branch.exit.name!r} is changed in place")
     position = next(i for i, event in enumerate(trace.events) if event is branch.exit)
     for event in trace.events[position + 1 :]:
         if not isinstance(event, Call) or is_linear(event) or isinstance(event.module, nn.MultiheadAttention):
@@ -109,11 +111,11 @@ def leaving(branch: Branch, trace: Trace) -> tuple[Tensor, Norm | None, float, s
         if event.input.shape == event.output.shape and torch.equal(event.input, event.output):
             current, last = event.output, event.name
             continue
-        found = identify_norm(event.module, event.input, event.output)
+        found = identify_norm(event.module, event.before, event.after)
         if found is not None:
             norm = found
         elif event.input.shape == event.output.shape:
-            x, y = (t.double().reshape(-1, t.shape[-1]) for t in (event.input, event.output))
+            x, y = event.before, event.after
             slope = feature_gain(x, y)
             if not torch.allclose(x * slope, y, rtol=1e-3, atol=1e-6 * float(y.abs().max())):
                 break
@@ -144,7 +146,12 @@ def next_stream(
         if producer is not None:
             targets.append(producer.input)
     bases = [stream, *(s for s in streams if s is not stream)]
-    pairs = [(target, fit_residual(target, base, output)) for target in targets for base in bases]
+    pairs = [
+        (target, fit_residual(target, base, output))
+        for target in targets
+        for base in bases
+        if not same_tensor(target, base)
+    ]
     fits = [(target, fit) for target, fit in pairs if fit is not None]
     return min(fits, key=lambda pair: pair[1].misfit) if fits else (targets[0], None)
 
@@ -159,22 +166,22 @@ def post_norm(
     call = producer_of(end, trace)
     assert call is not None
     if following is None:
-        norm = identify_norm(call.module, call.input, call.output)
+        norm = identify_norm(call.module, call.before, call.after)
         if norm is None:
             raise NotCoveredError(
                 f"{call.name!r} ({type(call.module).__name__}) on the stream is no norm the theory knows"
             )
         return norm, [end]
-    # Pre-norm of the next branch or post-norm of this one: the next residual tells. Its skip starts from the normed
-    # tensor
-    # only for post-norm, so look at what the next sum is made of.
+    # Pre-norm of the next branch or post-norm of this one: the next residual tells.
+    #   pre-norm    target --+--> norm --> branch --(+)      the skip starts at the target
+    #   post-norm   target --> norm --+--> branch --(+)      the skip starts after the norm
     output, _, _, _ = leaving(following, trace)
     sums = _sums_after(following, block_output, trace)
     before, after = (
         min((fit.misfit for t in sums if (fit := fit_residual(t, base, output)) is not None), default=math.inf)
         for base in (target, end)
     )
-    norm = identify_norm(call.module, call.input, call.output) if after < before else None
+    norm = identify_norm(call.module, call.before, call.after) if after < before else None
     return (norm, [end]) if norm is not None else (None, [target])
 
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fathometer.models.trace import sampled
 from fathometer.spec import Derf, DyT, LayerNorm, Norm, RMSNorm
 
 _TOLERANCE = 2e-3
-_ROWS = 64
 _EPSILONS = ("eps", "variance_epsilon", "epsilon")
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -105,22 +105,19 @@ def fit_residual(target: Tensor, stream: Tensor, branch: Tensor) -> ResidualFit 
     ss, bb, sb = float(s @ s), float(b @ b), float(s @ b)
     ts, tb = float(t @ s), float(t @ b)
     determinant = ss * bb - sb * sb
-    if bb == 0:
+    rounding = torch.finfo(target.dtype).eps
+    if bb <= rounding**2 * ss:  # a branch too small to be seen in the sum
         skip, scale = ts / ss if ss else 0.0, 1.0
     elif determinant <= 1e-12 * ss * bb:
         return None
     else:
         skip, scale = (ts * bb - tb * sb) / determinant, (tb * ss - ts * sb) / determinant
-    skip, scale = _snapped(skip), _snapped(scale)
+    skip = 0.0 if abs(skip) < 1e-6 else _snapped(skip)
+    scale = _snapped(scale)
     misfit = _misfit(t, skip * s + scale * b)
-    if misfit > max(1e-4, 4 * torch.finfo(target.dtype).eps) or skip < 0:
+    if misfit > max(1e-4, 4 * rounding) or skip < 0:
         return None
     return ResidualFit(skip, abs(scale), misfit)
-
-
-def sampled(x: Tensor) -> Tensor:
-    """Return the first rows of a tensor in float64, shape ``(rows, features)``: enough to recognise what made it."""
-    return x.detach().reshape(-1, x.shape[-1])[:_ROWS].double()
 
 
 def rms(x: Tensor) -> float:
@@ -131,7 +128,7 @@ def rms(x: Tensor) -> float:
 def _snapped(value: float) -> float:
     """Snap float32 noise to the simple number it came from."""
     nearest_integer = round(value)
-    return float(nearest_integer) if math.isclose(value, nearest_integer, abs_tol=1e-4) else value
+    return float(nearest_integer) if math.isclose(value, nearest_integer, rel_tol=1e-4) else value
 
 
 def _shrink(power: Tensor, eps: float) -> float:

@@ -63,7 +63,12 @@ def read_block(name: str, block_input: Tensor, block_output: Tensor, trace: Trac
     Raises:
         NotCoveredError: naming what the theory has no map for.
     """
+    for call in trace.calls:
+        if call.input._version != call.versions[0]:
+            raise NotCoveredError(f"the input of {call.name!r} is changed in place afterwards")
     branches = split_branches(trace)
+    if len(branches) > 1 and len({_origin(branch, trace) for branch in branches}) == 1:
+        raise NotCoveredError("branches read the same stream tensor in parallel")
     readings: list[SublayerReading] = []
     streams = [block_input]
     for index, branch in enumerate(branches):
@@ -95,12 +100,7 @@ def _read_branch(
     if fitted is None:
         if any(same_tensor(branch.source, other) for other in streams[1:]) and following is None:
             raise NotCoveredError("the block's output is not skip * stream + scale * branch")
-        parallel = following is not None and any(same_tensor(s, norm_input(following.source, trace)) for s in streams)
-        raise NotCoveredError(
-            "attention and MLP read the same tensor in parallel"
-            if parallel
-            else f"what follows {branch.exit.name!r} is not skip * stream + scale * branch"
-        )
+        raise NotCoveredError(f"what follows {branch.exit.name!r} is not skip * stream + scale * branch")
     body, roles = read_attention(name, branch) if branch.attention is not None else read_mlp(name, branch)
     stream_norm, after = post_norm(target, following, block_output, trace)
     sublayer = Sublayer(
@@ -115,6 +115,11 @@ def _read_branch(
         sublayer=sublayer, roles=roles, exit_module=f"{name}.{exit_name}", added_scale=fitted.scale
     )
     return reading, after
+
+
+def _origin(branch: Branch, trace: Trace) -> int:
+    """Return the memory a branch reads, before its norm."""
+    return norm_input(branch.source, trace).data_ptr()
 
 
 def check_weights(model: nn.Module) -> None:

@@ -34,15 +34,19 @@ def redrawn(model: nn.Module, slices: Sequence[WeightSlice], seed: int, *, tied:
         seed: Seed of this draw.
         tied: Whether weights that are equal now stay equal, as in layers copied from one another.
     """
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     by_parameter: dict[str, list[WeightSlice]] = {}
     for part in slices:
         by_parameter.setdefault(part.parameter, []).append(part)
     kept: dict[str, Tensor] = {}
     twins: dict[bytes, str] = {}
+    done: set[int] = set()
     try:
         for name, parts in by_parameter.items():
             parameter = parameters[name]
+            if id(parameter) in done:  # one weight under two names is drawn once
+                continue
+            done.add(id(parameter))
             fresh = parameter.detach().clone()
             for part in parts:
                 view = part.of(fresh)

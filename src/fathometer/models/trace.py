@@ -16,15 +16,32 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+_ROWS = 64
+
 
 @dataclass
 class Call:
-    """One call of a leaf module."""
+    """One call of a leaf module.
+
+    Attributes:
+        name, module: The leaf.
+        input, output: Its tensors, for following who made what; an in-place operation may have overwritten them since.
+        before, after: Their first rows as they were, float64.
+        versions: Write counters of input and output when the call ended.
+    """
 
     name: str
     module: nn.Module
     input: Tensor
     output: Tensor
+    before: Tensor
+    after: Tensor
+    versions: tuple[int, int]
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether the output was changed in place after the call."""
+        return self.output._version != self.versions[1]
 
 
 @dataclass
@@ -54,11 +71,19 @@ class AttentionCall:
         assert source is not None
         return int(source.shape[1]) if source.ndim == 4 else 1
 
+    @property
+    def n_keys(self) -> int:
+        """Number of keys."""
+        if self.keys is not None:
+            return int(self.keys.shape[-2])
+        assert self.logits is not None
+        return int(self.logits.shape[-1])
+
     def scores(self) -> Tensor:
         """Return masked scores of shape ``(batch, heads, n_queries, n_keys)``, ``-inf`` where a key is hidden."""
         if self.logits is not None:
             logits = self.logits if self.logits.ndim == 4 else self.logits.unsqueeze(1)
-            return logits.masked_fill(logits < -1e30, -math.inf)
+            return logits.masked_fill(_hidden(logits), -math.inf)
         assert self.queries is not None and self.keys is not None and self.scale is not None
         queries, keys = self.queries, self.keys
         if keys.shape[1] != queries.shape[1]:
@@ -71,8 +96,31 @@ class AttentionCall:
             if self.mask.dtype == torch.bool:
                 scores = scores.masked_fill(~self.mask, -math.inf)
             else:
-                scores = (scores + self.mask).masked_fill(self.mask < -1e30, -math.inf)
+                scores = (scores + self.mask).masked_fill(_hidden(self.mask), -math.inf)
         return scores
+
+    @property
+    def bias_share(self) -> float:
+        """Share of the spread of visible scores, within a row, that an additive mask brings: 0 for a pure mask."""
+        if self.mask is None or self.mask.dtype == torch.bool:
+            return 0.0
+        scores = self.scores()
+        hidden = torch.isneginf(scores)
+        whole = centred_rms(scores, hidden)
+        return (centred_rms(self.mask.expand_as(scores), hidden) / whole) ** 2 if whole > 0 else 0.0
+
+
+def centred_rms(scores: Tensor, hidden: Tensor) -> float:
+    """Return the rms deviation of scores from their row means, over visible keys."""
+    shown = scores.double().masked_fill(hidden, 0.0)
+    mean = shown.sum(-1, keepdim=True) / (~hidden).sum(-1, keepdim=True).clamp_min(1)
+    return float((((shown - mean).square() * ~hidden).sum() / (~hidden).sum()).sqrt())
+
+
+def _hidden(logits: Tensor) -> Tensor:
+    """Return which keys are masked: far below the best key of the row, whatever number the mask was made of."""
+    top = logits.max(dim=-1, keepdim=True).values
+    return torch.isneginf(logits) | (logits < top - 1e3) | (logits < -1e4)
 
 
 @dataclass
@@ -230,14 +278,28 @@ def leaves(module: nn.Module) -> dict[str, nn.Module]:
 def tracing(module: nn.Module) -> Iterator[Trace]:
     """Record the leaf calls and attention operations of ``module`` inside the ``with`` block."""
     trace = Trace()
+    pending: dict[str, list[Tensor]] = {}
+
+    def before(name: str, child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        source = first_tensor(args, kwargs)
+        if source is not None:
+            pending.setdefault(name, []).append(sampled(source))
 
     def after(name: str, child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         source, result = first_tensor(args, kwargs), first_tensor((out,), {})
         if source is not None and result is not None:
-            trace.events.append(Call(name, child, source.detach(), result.detach()))
+            source, result = source.detach(), result.detach()
+            rows = pending[name].pop() if pending.get(name) else sampled(source)
+            versions = (source._version, result._version)
+            trace.events.append(Call(name, child, source, result, rows, sampled(result), versions))
 
-    with hooked(leaves(module), after=after), watch_attention(trace.events.append):
+    with hooked(leaves(module), after=after, before=before), watch_attention(trace.events.append):
         yield trace
+
+
+def sampled(x: Tensor) -> Tensor:
+    """Return a float64 copy of a tensor's first rows, shape ``(rows, features)``: enough to recognise what made it."""
+    return x.detach().reshape(-1, x.shape[-1])[:_ROWS].to(torch.float64, copy=True) if x.ndim else x.detach().double()
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

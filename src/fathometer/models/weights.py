@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from fathometer.errors import NotCoveredError
 from fathometer.models.branches import Branch
 from fathometer.models.identify import identify_activation, identify_gated, identify_norm, rms
-from fathometer.models.trace import AttentionCall, Call, same_tensor
+from fathometer.models.trace import AttentionCall, Call, centred_rms
 from fathometer.spec import MLP, GatedMLP, SelfAttention
+
+#: Share of a variance that may be left out of the theory.
+_NEGLECTED = 0.05
 
 ROLES = ("query", "key", "value", "output", "mlp_in", "gate", "mlp_out")
 
@@ -54,6 +57,11 @@ def read_attention(name: str, branch: Branch) -> tuple[SelfAttention, dict[str, 
     exit_call = branch.exit
     if isinstance(exit_call.module, nn.MultiheadAttention):
         return _read_multihead(name, exit_call, call)
+    tokens = branch.source.numel() // branch.source.shape[-1]
+    if call.n_keys not in (branch.source.shape[0], branch.source.shape[-2]) and call.n_keys != tokens // len(
+        branch.source
+    ):
+        raise NotCoveredError(f"attention sees {call.n_keys} keys, not all tokens (windows, or another sequence)")
     n_heads = call.n_heads
     width = exit_call.input.shape[-1]
     d_head = width // n_heads
@@ -73,15 +81,15 @@ def read_attention(name: str, branch: Branch) -> tuple[SelfAttention, dict[str, 
         entry for entry in reversed(branch.entries) if slices["value"].parameter.startswith(f"{name}.{entry.name}.")
     )
     kv_width = slices["value"].stop - slices["value"].start
-    qk_norm = any(
-        identify_norm(inner.module, inner.input, inner.output) is not None
-        for inner in branch.inner
-        if any(same_tensor(inner.input, entry.output) for entry in branch.entries)
-        or inner.input.shape[-1] == d_head != width
-    )
-    multiplier = 1.0 if call.scale is None else call.scale * math.sqrt(d_head)
-    if call.scale is None:
-        multiplier = _softmax_multiplier(branch, slices, call, d_head)
+    if call.bias_share > _NEGLECTED:
+        raise NotCoveredError(
+            f"an additive attention bias that depends on the key makes {call.bias_share:.0%} of the score variance"
+        )
+    outputs = {role: _projected(branch, slices[role]) for role in ("query", "key")}
+    for role in ("query", "key"):
+        entry = next(e for e in branch.entries if slices[role].parameter.endswith(f".{e.name}.weight"))
+        _refuse_large_bias(entry, slices[role], outputs[role])
+    qk_norm, multiplier = _score_scale(branch, call, outputs, d_head)
     return (
         SelfAttention(
             query=scales["query"],
@@ -177,25 +185,59 @@ def _by_name(entries: list[Call]) -> list[Call]:
     return [found[letter] for letter in "qkv"] if len(found) == 3 else entries
 
 
-def _softmax_multiplier(branch: Branch, slices: dict[str, WeightSlice], call: AttentionCall, d_head: int) -> float:
-    """Return the score multiplier of a plain softmax by regressing its logits' spread on queries times keys."""
-    outputs = {}
-    for role in ("query", "key"):
-        part = slices[role]
-        entry = next(e for e in branch.entries if part.parameter.rpartition(".")[0].endswith(e.name))
-        outputs[role] = entry.output.narrow(-1, part.start, part.stop - part.start)
-    logits = call.logits
-    assert logits is not None
+def _projected(branch: Branch, part: WeightSlice) -> Tensor:
+    """Return what the projection of a role put out, shape ``(..., width of the role)``."""
+    entry = next(e for e in branch.entries if part.parameter.endswith(f".{e.name}.weight"))
+    return entry.output.detach().narrow(-1, part.start, part.stop - part.start).double()
+
+
+def _score_scale(branch: Branch, call: AttentionCall, outputs: dict[str, Tensor], d_head: int) -> tuple[bool, float]:
+    """Return whether queries and keys are normalised per head, and the score multiplier beyond ``1/sqrt(d_head)``.
+
+    The fused kernel shows the queries and keys it was given: their sizes against the projections' tell every factor
+    applied in between, and rotations change no size. A plain softmax shows only its logits: their spread over the visible
+    keys is compared with that of the products of the projections.
+    """
+    heads = {role: out.reshape(-1, d_head) for role, out in outputs.items()}
+    raw = {role: rms(h) for role, h in heads.items()}
+    if call.queries is not None and call.keys is not None and call.scale is not None:
+        seen = {"query": call.queries.double().reshape(-1, d_head), "key": call.keys.double().reshape(-1, d_head)}
+        normed = all(_even(seen[role]) and not _even(heads[role]) for role in heads)
+        size = rms(seen["query"]) * rms(seen["key"])
+        reference = 1.0 if normed else raw["query"] * raw["key"]
+        return normed, call.scale * math.sqrt(d_head) * size / reference
+    assert call.logits is not None
+    inner = [
+        e for e in branch.inner if e.before.shape[-1] == d_head or e.output.shape == branch.entries[0].output.shape
+    ]
+    normed = any(identify_norm(e.module, e.before, e.after) is not None for e in inner)
+    if normed:
+        outputs = {
+            role: out
+            * torch.rsqrt(out.reshape(*out.shape[:-1], -1, d_head).square().mean(-1)).repeat_interleave(d_head, dim=-1)
+            for role, out in outputs.items()
+        }
     queries, keys = (
-        t.reshape(*t.shape[:2], -1, d_head).transpose(1, 2).double() for t in (outputs["query"], outputs["key"])
+        out.reshape(*out.shape[:-1], -1, d_head).transpose(-2, -3) for out in (outputs["query"], outputs["key"])
     )
-    if keys.shape[1] != queries.shape[1]:
-        keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1)
+    if keys.shape[-3] != queries.shape[-3]:
+        keys = keys.repeat_interleave(queries.shape[-3] // keys.shape[-3], dim=-3)
     products = (queries @ keys.transpose(-1, -2)) / math.sqrt(d_head)
-    target = logits.double().reshape(products.shape)
-    seen = target > -1e30
-    x, y = products[seen], target[seen]
-    return float((x @ y) / (x @ x)) if float(x @ x) > 0 else 1.0
+    scores = call.scores().double().reshape(products.shape)
+    return normed, centred_rms(scores, torch.isneginf(scores)) / centred_rms(products, torch.isneginf(scores))
+
+
+def _even(heads: Tensor) -> bool:
+    """Return whether all head vectors have one length."""
+    lengths = heads.square().mean(-1).sqrt()
+    return float(lengths.std()) < 2e-2 / math.sqrt(heads.shape[-1]) * float(lengths.mean())
+
+
+def _refuse_large_bias(call: Call, part: WeightSlice, output: Tensor) -> None:
+    """Refuse a bias the theory leaves out where it is more than a twentieth of the mean square the map puts out."""
+    share = (_bias_rms(call, part) / max(rms(output), 1e-300)) ** 2
+    if share > _NEGLECTED:
+        raise NotCoveredError(f"the bias of {call.name!r} makes {share:.0%} of its output; the theory has none there")
 
 
 def read_mlp(name: str, branch: Branch) -> tuple[MLP | GatedMLP, dict[str, WeightSlice]]:
@@ -206,7 +248,7 @@ def read_mlp(name: str, branch: Branch) -> tuple[MLP | GatedMLP, dict[str, Weigh
     """
     exit_call, entries = branch.exit, branch.entries
     d_in, hidden = branch.source.shape[-1], exit_call.input.shape[-1]
-    after = exit_call.input
+    after = exit_call.before
     out_axis, out_weight = _out_axis(exit_call), _weight(exit_call)
     roles = {
         "mlp_out": WeightSlice(
@@ -233,9 +275,9 @@ def read_mlp(name: str, branch: Branch) -> tuple[MLP | GatedMLP, dict[str, Weigh
                 size=step * parts,
             )
             scale = rms(part.of(weight)) * math.sqrt(d_in)
-            slices.append((part, scale, entry.output.narrow(-1, i * step, step), _bias_rms(entry, part)))
+            slices.append((part, scale, entry.after.narrow(-1, i * step, step), entry))
     if len(slices) == 1:
-        part, scale, before, bias = slices[0]
+        part, scale, before, entry = slices[0]
         activation = identify_activation(before, after)
         if activation is None:
             raise NotCoveredError(
@@ -246,7 +288,7 @@ def read_mlp(name: str, branch: Branch) -> tuple[MLP | GatedMLP, dict[str, Weigh
             mlp_in=scale,
             mlp_out=mlp_out,
             activation=activation,
-            in_bias=bias,
+            in_bias=_bias_rms(entry, part),
             out_bias=_bias_rms(exit_call, None),
             ratio=ratio,
         )
@@ -256,6 +298,9 @@ def read_mlp(name: str, branch: Branch) -> tuple[MLP | GatedMLP, dict[str, Weigh
     for gate, linear in (slices, slices[::-1]):
         activation = identify_gated(gate[2], linear[2], after)
         if activation is not None:
+            for part, _, out, entry in (gate, linear):
+                _refuse_large_bias(entry, part, out)
+            _refuse_large_bias(exit_call, _whole(exit_call), exit_call.after)
             roles["gate"], roles["mlp_in"] = gate[0], linear[0]
             gated = GatedMLP(gate=gate[1], mlp_in=linear[1], mlp_out=mlp_out, activation=activation, ratio=ratio)
             return gated, roles
@@ -268,9 +313,12 @@ def _is_causal(call: AttentionCall) -> bool:
     Raises:
         NotCoveredError: for any other mask that hides keys.
     """
-    hidden = torch.isneginf(call.scores()[:1, :1])[0, 0]
-    if not bool(hidden.any()):
+    every = torch.isneginf(call.scores())
+    if not bool(every.any()):
         return False
+    hidden = every[0, 0]
+    if not bool((every == hidden).all()):
+        raise NotCoveredError("an attention mask that differs between samples or heads (padding)")
     n_queries, n_keys = hidden.shape
     future = torch.ones(n_queries, n_keys, dtype=torch.bool, device=hidden.device).triu(1)
     if n_queries == n_keys and bool((hidden == future).all()):
@@ -291,8 +339,7 @@ def _out_axis(call: Call) -> int:
     if n_in != n_out:
         return 0 if tuple(weight.shape) == (n_out, n_in) else 1
     bias: Any = getattr(call.module, "bias", None)
-    x = call.input.detach().reshape(-1, n_in)[:2].double()
-    y = call.output.detach().reshape(-1, n_out)[:2].double()
+    x, y = call.before[:2], call.after[:2]
     if isinstance(bias, Tensor):
         y = y - bias.detach().double()
     w = weight.detach().double()
@@ -301,6 +348,11 @@ def _out_axis(call: Call) -> int:
 
 def _scale(part: WeightSlice, weight: Tensor, fan_in: int) -> float:
     return rms(part.of(weight)) * math.sqrt(fan_in)
+
+
+def _whole(call: Call) -> WeightSlice:
+    size = _weight(call).shape[_out_axis(call)]
+    return WeightSlice(parameter="", axis=0, start=0, stop=size, size=size)
 
 
 def _bias_rms(call: Call, part: WeightSlice | None) -> float:

@@ -155,7 +155,12 @@ def closed_form(block: Block, n_tokens: int | None = None) -> dict[str, float]:
     """
     norms = [s.input_norm for s in block.sublayers]
     plain = all(float(s.skip_scale) == 1.0 and s.output_norm is None and s.stream_norm is None for s in block.sublayers)
-    if not plain or any(isinstance(s.branch, GatedMLP) and s.input_norm is None for s in block.sublayers):
+    biased = any(
+        float(getattr(s.branch, name, 0.0)) != 0
+        for s in block.sublayers
+        for name in ("in_bias", "out_bias", "value_bias", "output_bias")
+    )
+    if biased or not plain or any(isinstance(s.branch, GatedMLP) and s.input_norm is None for s in block.sublayers):
         return {}
     if all(isinstance(norm, (LayerNorm, RMSNorm)) for norm in norms):
         return _critical(block)
@@ -194,7 +199,7 @@ def _subcritical(block: Block, n_tokens: int | None) -> dict[str, float]:
             attention += tail * shared
         else:
             rates += tail * token
-        coherent += shared / (math.pi / 2 * math.sqrt(max(1 - cosine**2, 1e-300)))
+        coherent += float(norm.gain) ** 2 * shared / (math.pi / 2 * math.sqrt(max(1 - cosine**2, 1e-300)))
     finite = rates + (attention / n_tokens if n_tokens else 0.0)
     out = {
         "lambda": level / (4 * finite**2) if finite else math.inf,
