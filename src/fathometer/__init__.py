@@ -19,10 +19,11 @@ from fathometer._version import __version__
 if TYPE_CHECKING:
     from fathometer.attention import Annealed, Uniform, UniformLargeN
     from fathometer.diagnosis import Report, Thresholds, diagnose
-    from fathometer.errors import FathometerError
-    from fathometer.measurement import measure
+    from fathometer.errors import BatchError, DomainError, FathometerError, ModelError, NotCoveredError, SpecError
+    from fathometer.measurement import load_batch, measure
     from fathometer.models import equiangular_tokens, load_model, reference_network
-    from fathometer.observables import predict
+    from fathometer.observables import growth, predict
+    from fathometer.prescription import solve_field
     from fathometer.report import save_report
     from fathometer.results import Profile
     from fathometer.spec import (
@@ -47,10 +48,11 @@ if TYPE_CHECKING:
 _HOMES = {
     "fathometer.attention": ("Annealed", "Uniform", "UniformLargeN"),
     "fathometer.diagnosis": ("Report", "Thresholds", "diagnose"),
-    "fathometer.errors": ("FathometerError",),
-    "fathometer.measurement": ("measure",),
+    "fathometer.errors": ("BatchError", "DomainError", "FathometerError", "ModelError", "NotCoveredError", "SpecError"),
+    "fathometer.measurement": ("load_batch", "measure"),
     "fathometer.models": ("equiangular_tokens", "load_model", "reference_network"),
-    "fathometer.observables": ("predict",),
+    "fathometer.observables": ("growth", "predict"),
+    "fathometer.prescription": ("solve_field",),
     "fathometer.report": ("save_report",),
     "fathometer.results": ("Profile",),
     "fathometer.spec": (
@@ -77,12 +79,16 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "MLP",
     "Annealed",
+    "BatchError",
     "Block",
     "Derf",
+    "DomainError",
     "DyT",
     "FathometerError",
     "GatedMLP",
     "LayerNorm",
+    "ModelError",
+    "NotCoveredError",
     "Pointwise",
     "PointwiseNorm",
     "Profile",
@@ -90,6 +96,7 @@ __all__ = [
     "Report",
     "Scales",
     "SelfAttention",
+    "SpecError",
     "Sublayer",
     "Thresholds",
     "Transformer",
@@ -98,13 +105,16 @@ __all__ = [
     "__version__",
     "diagnose",
     "equiangular_tokens",
+    "growth",
     "load",
+    "load_batch",
     "load_model",
     "measure",
     "predict",
     "preset",
     "reference_network",
     "save_report",
+    "solve_field",
     "with_field",
 ]
 

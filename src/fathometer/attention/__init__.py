@@ -9,6 +9,7 @@ from fathometer.attention.closure import (
     Uniform,
     UniformLargeN,
     ValuePath,
+    as_closure,
 )
 from fathometer.attention.mixing import AnnealedMixing, FixedMixing, Mixing, UniformMixing, Visibility
 from fathometer.attention.score_path import ScorePath
@@ -28,4 +29,5 @@ __all__ = [
     "UniformMixing",
     "ValuePath",
     "Visibility",
+    "as_closure",
 ]

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from scipy.special import expit
 
+from fathometer.errors import SpecError, nearest
+
 
 class AttentionStatistics(NamedTuple):
     """Averages over the random scores of one attention layer; arrays of one shape.
@@ -182,3 +184,16 @@ CLOSURES: dict[str, Closure] = {
     "uniform_large_n": UniformLargeN(),
     "annealed": Annealed(),
 }
+
+
+def as_closure(closure: Closure | str) -> Closure:
+    """Return a closure given itself or its name.
+
+    Raises:
+        SpecError: naming the nearest one.
+    """
+    if not isinstance(closure, str):
+        return closure
+    if closure not in CLOSURES:
+        raise SpecError(f"there is no closure {closure!r}{nearest(closure, CLOSURES)}")
+    return CLOSURES[closure]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -78,7 +78,7 @@ def diagnose(
             seeds=seeds,
             seed=seed,
             blocks=blocks,
-            closure=_closure(closure),
+            closure=closure,
             forward=forward,
             progress=progress,
         )
@@ -133,7 +133,7 @@ def predict(
     console = Console()
     console.print(table)
     try:
-        grown = observables.growth(described, n_tokens=tokens, q=q, p=p, closure=_closure(closure), depth=2000)
+        grown = observables.growth(described, n_tokens=tokens, q=q, p=p, closure=closure, depth=2000)
     except FathometerError as error:
         console.print(f"Growth class not determined: {error}", highlight=False)
     else:
@@ -153,15 +153,6 @@ def main() -> None:
     except KeyboardInterrupt:
         print("fathometer: interrupted; nothing was changed", file=sys.stderr)
         raise SystemExit(130) from None
-
-
-def _closure(name: str) -> Any:
-    from fathometer.attention import CLOSURES
-    from fathometer.errors import SpecError, nearest
-
-    if name not in CLOSURES:
-        raise SpecError(f"there is no closure {name!r}{nearest(name, CLOSURES)}")
-    return CLOSURES[name]
 
 
 def _require_torch() -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fathometer._version import __version__
-from fathometer.attention import DEFAULT_CLOSURE, Closure
+from fathometer.attention import DEFAULT_CLOSURE, Closure, as_closure
 from fathometer.diagnosis.comparison import compare
 from fathometer.diagnosis.criteria import CRITERIA, Evidence
 from fathometer.diagnosis.remedies import Start, remedies
@@ -38,7 +38,7 @@ def diagnose(
     seeds: int = 4,
     seed: int = 0,
     blocks: str | Sequence[nn.Module] | None = None,
-    closure: Closure = DEFAULT_CLOSURE,
+    closure: Closure | str = DEFAULT_CLOSURE,
     thresholds: Thresholds = DEFAULT_THRESHOLDS,
     forward: bool = True,
     progress: Callable[[str, int, int], None] | None = None,
@@ -60,6 +60,7 @@ def diagnose(
     Raises:
         ModelError, BatchError: in one sentence, with the model untouched.
     """
+    averaging = as_closure(closure)
     found = observe(
         model,
         batch,
@@ -70,14 +71,14 @@ def diagnose(
         forward=forward,
         progress=progress,
     )
-    theory, reason = _theory(found, closure)
+    theory, reason = _theory(found, averaging)
     skips = _skips(found.reading)
     findings = _findings(found, theory, thresholds, skips)
     cures: tuple[Remedy, ...] = ()
     if found.reading is not None and findings:
         first = found.own.curves
         start = Start(
-            n_tokens=int(found.gram.shape[-1]), q=float(first["q"][0]), p=float(first["p"][0]), closure=closure
+            n_tokens=int(found.gram.shape[-1]), q=float(first["q"][0]), p=float(first["p"][0]), closure=averaging
         )
         cures = (*_redraw(found, findings), *remedies(findings, found.reading, start, thresholds, skips))
     width = int(found.profile.about["d_model"])
@@ -89,7 +90,7 @@ def diagnose(
         comparison=None if theory is None else compare(found.profile, theory, width=width),
         findings=findings,
         remedies=cures,
-        about=_about(found, closure, thresholds),
+        about=_about(found, averaging, thresholds),
     )
 
 
@@ -148,7 +149,7 @@ def _redraw(found: Measurement, findings: Sequence[Finding]) -> tuple[Remedy, ..
         [
             "with torch.no_grad():",
             "    for name, weight in model.named_parameters():",
-            "        if weight.ndim >= 2:",
+            f"        if name.startswith({_prefixes(found)}) and weight.ndim >= 2:",
             "            weight.normal_(0, weight.std())   # every block its own draw",
         ]
     )
@@ -163,6 +164,12 @@ def _redraw(found: Measurement, findings: Sequence[Finding]) -> tuple[Remedy, ..
             snippet=snippet,
         ),
     )
+
+
+def _prefixes(found: Measurement) -> str:
+    """Return the name, or tuple of names, under which a model's blocks live, as source text."""
+    heads = sorted({name.rstrip("0123456789") for name in found.stack.names})
+    return repr(heads[0]) if len(heads) == 1 else repr(tuple(heads))
 
 
 def _skips(reading: ModelReading | None) -> FloatArray | None:

@@ -112,12 +112,13 @@ def _families(reading: ModelReading, failing: set[str]) -> Iterable[Family]:
     )
     sublayers = [s for block in reading.spec.blocks for s in block.sublayers]
     if any(isinstance(s.input_norm, (DyT, Derf)) or isinstance(s.stream_norm, (DyT, Derf)) for s in sublayers):
+        alphas = [part.alpha for layer in reading.layers for part in layer if part.alpha is not None]
         yield Family(
             title="Multiply every norm's alpha by {factor}",
             cures=gradient,
             factors=_DOWN,
             change=lambda spec, f: scaled_field(spec, "alpha", f),
-            snippet=_scale_norms,
+            snippet=lambda f: scale_parameters(alphas, f),
         )
     if all(s.skip_scale == 0 for s in sublayers):
         yield Family(
@@ -263,35 +264,43 @@ def scale_weights(slices: Sequence[WeightSlice], factor: float) -> str:
             whole[_tail(parameter)] = None
         else:
             partial |= {(_tail(parameter), part.axis, part.start, part.stop - part.start): None for part in parts}
-    lines = ["with torch.no_grad():", "    for name, weight in model.named_parameters():"]
-    if whole:
-        lines += [f"        if name.endswith({_tuple(sorted(whole))}):", f"            weight.mul_({factor:.4g})"]
+    lines = [*_LOOP, *_matching(list(whole), spans, f"weight.mul_({factor:.4g})")]
     for tail, axis, start, length in partial:
-        lines += [
-            f"        if name.endswith({tail!r}):",
-            f"            weight.narrow({axis}, {start}, {length}).mul_({factor:.4g})",
-        ]
+        lines += _matching([tail], spans, f"weight.narrow({axis}, {start}, {length}).mul_({factor:.4g})")
     return "\n".join(lines)
+
+
+def scale_parameters(names: Sequence[str], factor: float) -> str:
+    """Return lines that multiply the named parameters of every block by ``factor``."""
+    tails = list(dict.fromkeys(map(_tail, names)))
+    return "\n".join([*_LOOP, *_matching(tails, names, f"weight.mul_({factor:.4g})")])
+
+
+_LOOP = ("with torch.no_grad():", "    for name, weight in model.named_parameters():")
+
+
+def _matching(tails: Sequence[str], parameters: Iterable[str], action: str) -> list[str]:
+    """Return the lines that apply an action to parameters of the blocks, and of no other part of the model."""
+    if not tails:
+        return []
+    heads = sorted({_head(parameter) for parameter in parameters})
+    within = f"name.startswith({_tuple(heads)}) and " if all(heads) else ""
+    return [f"        if {within}name.endswith({_tuple(sorted(tails))}):", f"            {action}"]
+
+
+def _head(parameter: str) -> str:
+    """Return the part of a parameter name before its block index."""
+    pieces = parameter.split(".")
+    first = next((i for i, piece in enumerate(pieces) if piece.isdigit()), 0)
+    return "".join(f"{piece}." for piece in pieces[:first])
 
 
 def _tail(parameter: str) -> str:
     """Return the part of a parameter name after its block index, the same in every block."""
     pieces = parameter.split(".")
-    last = max((i for i, piece in enumerate(pieces) if piece.isdigit()), default=-1)
-    first = next((i for i, piece in enumerate(pieces) if piece.isdigit()), last)
+    first = next((i for i, piece in enumerate(pieces) if piece.isdigit()), -1)
     return "." + ".".join(pieces[first + 1 :]) if first >= 0 else parameter
 
 
 def _tuple(names: Sequence[str]) -> str:
     return repr(names[0]) if len(names) == 1 else "(" + ", ".join(map(repr, names)) + ")"
-
-
-def _scale_norms(factor: float) -> str:
-    return "\n".join(
-        [
-            "with torch.no_grad():",
-            "    for name, parameter in model.named_parameters():",
-            "        if name.endswith('alpha'):",
-            f"            parameter.mul_({factor:.4g})",
-        ]
-    )

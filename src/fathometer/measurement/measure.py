@@ -230,7 +230,7 @@ def _own_notes(soundings: list[Any]) -> list[str]:
         if float(np.max(np.abs(logs[0] - np.mean(logs[1:], axis=0)))) > 7 * scatter:
             return [
                 "the model's own weights do not behave like independent random weights of the same size (trained, or "
-                "drawn in a special way): the verdict is theirs, the averaged curves and the theory describe random ones"
+                "drawn in a special way): the verdict is theirs, averaged curves and theory describe random ones"
             ]
     return []
 

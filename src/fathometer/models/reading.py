@@ -15,10 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from fathometer.errors import ModelError, NotCoveredError
-from fathometer.models.branches import Branch, entry, leaving, next_stream, norm_input, post_norm, split_branches
+from fathometer.models.branches import (
+    Branch,
+    entry,
+    leaving,
+    next_stream,
+    norm_input,
+    post_norm,
+    producer_of,
+    split_branches,
+)
 from fathometer.models.trace import Trace, same_tensor
 from fathometer.models.weights import WeightSlice, read_attention, read_mlp
-from fathometer.spec import Block, Sublayer, Transformer
+from fathometer.spec import Block, Derf, DyT, Sublayer, Transformer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +39,14 @@ class SublayerReading:
         roles: Role to weight slice.
         exit_module: Name of the module whose output is added to the stream, after layer scale or output norm.
         added_scale: Factor between that module's output and what reaches the stream.
+        alpha: Name of the parameter that holds the input norm's alpha, for DyT and Derf.
     """
 
     sublayer: Sublayer
     roles: dict[str, WeightSlice]
     exit_module: str
     added_scale: float
+    alpha: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,9 +123,20 @@ def _read_branch(
         branch_scale=fitted.scale * gain,
     )
     reading = SublayerReading(
-        sublayer=sublayer, roles=roles, exit_module=f"{name}.{exit_name}", added_scale=fitted.scale
+        sublayer=sublayer,
+        roles=roles,
+        exit_module=f"{name}.{exit_name}",
+        added_scale=fitted.scale,
+        alpha=_alpha_parameter(name, branch, trace) if isinstance(input_norm, (DyT, Derf)) else None,
     )
     return reading, after
+
+
+def _alpha_parameter(name: str, branch: Branch, trace: Trace) -> str | None:
+    call = producer_of(branch.source, trace)
+    assert call is not None
+    scalars = [key for key, parameter in call.module.named_parameters() if parameter.numel() == 1]
+    return f"{name}.{call.name}.{scalars[0]}" if scalars else None
 
 
 def _origin(branch: Branch, trace: Trace) -> int:

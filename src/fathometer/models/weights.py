@@ -195,8 +195,8 @@ def _score_scale(branch: Branch, call: AttentionCall, outputs: dict[str, Tensor]
     """Return whether queries and keys are normalised per head, and the score multiplier beyond ``1/sqrt(d_head)``.
 
     The fused kernel shows the queries and keys it was given: their sizes against the projections' tell every factor
-    applied in between, and rotations change no size. A plain softmax shows only its logits: their spread over the visible
-    keys is compared with that of the products of the projections.
+    applied in between, and rotations change no size. A plain softmax shows only its logits: their spread over the
+    visible keys is compared with that of the products of the projections.
     """
     heads = {role: out.reshape(-1, d_head) for role, out in outputs.items()}
     raw = {role: rms(h) for role, h in heads.items()}

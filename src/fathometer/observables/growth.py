@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import brentq
 
-from fathometer.attention import DEFAULT_CLOSURE, Closure
+from fathometer.attention import DEFAULT_CLOSURE, Closure, as_closure
 from fathometer.kernels import activation_kernel
 from fathometer.observables.jacobian import forward
 from fathometer.propagation import propagate
@@ -99,7 +99,7 @@ def growth(
     n_tokens: int,
     q: float,
     p: float,
-    closure: Closure = DEFAULT_CLOSURE,
+    closure: Closure | str = DEFAULT_CLOSURE,
     depth: int = 10_000,
 ) -> Growth:
     """Classify how gradients grow when the last block of ``spec`` is repeated.
@@ -113,7 +113,7 @@ def growth(
         The class. Cost: one scalar prediction of ``depth`` blocks, about 25 ms per thousand in closed form.
     """
     long = spec.bidirectional().with_depth(depth)
-    trajectory = propagate(long, n_tokens=n_tokens, q=q, p=p, closure=closure)
+    trajectory = propagate(long, n_tokens=n_tokens, q=q, p=p, closure=as_closure(closure))
     at = trajectory.borders
     log_apjn = forward(trajectory.transfer, trajectory.n_others).log_norm[at]
     block = long.blocks[-1]

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fathometer.attention import CLOSURES, DEFAULT_CLOSURE, Closure
-from fathometer.errors import SpecError, nearest
+from fathometer._version import __version__
+from fathometer.attention import DEFAULT_CLOSURE, Closure, as_closure
+from fathometer.errors import SpecError
 from fathometer.observables.jacobian import backward, forward
 from fathometer.propagation import GramTrajectory, Trajectory, check_moments, propagate, propagate_gram
 from fathometer.results import Profile
@@ -47,7 +48,7 @@ def predict(
     >>> len(profile.q), bool(profile.apjn[0] > 1)
     (25, True)
     """
-    chosen = _closure(closure)
+    chosen = as_closure(closure)
     if gram is None:
         if n_tokens is None or q is None or p is None:
             raise SpecError("predict needs either gram, or all of n_tokens, q and p")
@@ -148,15 +149,12 @@ def _participation(y2: FloatArray, n_tokens: int) -> FloatArray:
 
 def _about(trajectory: Trajectory | GramTrajectory) -> dict[str, Any]:
     representation = "gram" if isinstance(trajectory, GramTrajectory) else "exchangeable"
-    return {"closure": trajectory.closure, "n_tokens": trajectory.n_tokens, "representation": representation}
-
-
-def _closure(closure: Closure | str) -> Closure:
-    if not isinstance(closure, str):
-        return closure
-    if closure not in CLOSURES:
-        raise SpecError(f"there is no closure {closure!r}{nearest(closure, CLOSURES)}")
-    return CLOSURES[closure]
+    return {
+        "closure": trajectory.closure,
+        "n_tokens": trajectory.n_tokens,
+        "representation": representation,
+        "version": __version__,
+    }
 
 
 def _mean(values: FloatArray, axes: tuple[int, ...]) -> FloatArray:

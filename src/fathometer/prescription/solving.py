@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import brentq
 
-from fathometer.attention import DEFAULT_CLOSURE, Closure
+from fathometer.attention import DEFAULT_CLOSURE, Closure, as_closure
 from fathometer.errors import DomainError, FathometerError, SpecError
 from fathometer.observables import profile_of
 from fathometer.propagation import propagate
@@ -59,7 +59,7 @@ def solve_field(
     bound: float | None = None,
     low: float = 1e-3,
     high: float = 1e2,
-    closure: Closure = DEFAULT_CLOSURE,
+    closure: Closure | str = DEFAULT_CLOSURE,
     collect: bool = False,
 ) -> Solution:
     """Return the ``field`` of ``spec`` at which ``target`` takes the wanted value.
@@ -89,10 +89,11 @@ def solve_field(
     if bound is not None and not (np.isfinite(bound) and bound > 0):
         raise DomainError(f"bound must be positive and finite; got {bound}", value=bound)
     spec = spec.bidirectional()
+    averaging = as_closure(closure)
 
     def log_target(described: Transformer) -> FloatArray:
         with np.errstate(over="ignore"):
-            return _read(described, target, n_tokens, q, p, closure)
+            return _read(described, target, n_tokens, q, p, averaging)
 
     wanted = float(np.log(bound)) if bound is not None else float(log_target(spec.map_sublayers(_layer_norm)))
     grid = np.geomspace(low, high, 64)
