@@ -16,6 +16,7 @@ from fathometer.papers.apjn.depth_alpha import depth_alpha
 from fathometer.papers.apjn.forward import forward
 from fathometer.papers.apjn.growth import growth
 from fathometer.papers.apjn.photographs import photographs
+from fathometer.papers.apjn.sensitivity import sensitivity
 from fathometer.papers.apjn.vit_large import vit_large
 from fathometer.papers.item import Item
 from fathometer.plotting import apjn as pictures
@@ -62,6 +63,12 @@ ITEMS: tuple[Item, ...] = (
         run=depth_alpha,
         draw=pictures.draw_depth_alpha,
         about="APJN over depth and alpha, with the alpha that matches pre-LayerNorm at each depth",
+    ),
+    Item(
+        name="apjn/sensitivity",
+        run=sensitivity,
+        draw=pictures.draw_sensitivity,
+        about="largest stable learning rate of small ViTs against predicted amplification, with the rank correlation",
     ),
     Item(
         name="apjn/vit-large",

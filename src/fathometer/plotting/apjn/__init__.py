@@ -5,6 +5,7 @@ from fathometer.plotting.apjn.curves import draw_backward, draw_forward, draw_po
 from fathometer.plotting.apjn.depth_alpha import draw_depth_alpha
 from fathometer.plotting.apjn.growth import draw_growth
 from fathometer.plotting.apjn.photographs import draw_photographs
+from fathometer.plotting.apjn.sensitivity import draw_sensitivity
 
 __all__ = [
     "draw_approximations",
@@ -14,5 +15,6 @@ __all__ = [
     "draw_growth",
     "draw_photographs",
     "draw_pooled",
+    "draw_sensitivity",
     "draw_vit_large",
 ]

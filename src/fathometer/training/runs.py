@@ -1,0 +1,111 @@
+"""One training run, and the largest learning rate that survives it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fathometer.errors import DomainError
+from fathometer.training.digits import Digits
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, momentum=0.9),
+    "adamw": lambda parameters, lr: torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A finished training run.
+
+    Attributes:
+        losses: Training loss at every step taken.
+        accuracy: Share of the test part classified rightly; NaN for a run that diverged.
+        status: ``"ok"``, or ``"diverged"``: the loss left the finite numbers, or ended above where it started.
+    """
+
+    losses: tuple[float, ...]
+    accuracy: float
+    status: str
+
+
+def train(
+    model: nn.Module,
+    data: Digits,
+    *,
+    rate: float,
+    steps: int,
+    warmup: int = 0,
+    batch_size: int = 64,
+    optimizer: str = "sgd",
+    seed: int = 0,
+) -> Run:
+    """Train a classifier for a few steps.
+
+    Args:
+        model: Maps patches to logits; trained in place.
+        data: The task.
+        rate: Learning rate after warm-up.
+        steps: Steps taken at most; a run whose loss is no longer finite stops.
+        warmup: Steps over which the rate rises linearly.
+        batch_size: Samples a step, drawn without replacement within an epoch.
+        optimizer: ``"sgd"`` (momentum 0.9) or ``"adamw"`` (no weight decay).
+        seed: Order of the samples.
+    """
+    if optimizer not in OPTIMIZERS:
+        raise DomainError(f"optimizer {optimizer!r} is unknown; accepted: {', '.join(OPTIMIZERS)}", value=optimizer)
+    if not rate > 0 or steps < 2 or warmup < 0:
+        raise DomainError(f"rate must be positive, steps >= 2, warmup >= 0; got {rate}, {steps}, {warmup}")
+    updater = OPTIMIZERS[optimizer](model.parameters(), lr=rate)
+    order = _batches(len(data.train), batch_size, seed)
+    losses: list[float] = []
+    for step in range(steps):
+        for group in updater.param_groups:
+            group["lr"] = rate * min(1.0, (step + 1) / (warmup + 1))
+        chosen = next(order)
+        loss = nn.functional.cross_entropy(model(data.train[chosen]), data.train_labels[chosen])
+        losses.append(float(loss.detach()))
+        if not math.isfinite(losses[-1]):
+            break
+        updater.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        updater.step()
+    tail = losses[-max(len(losses) // 5, 1) :]
+    survived = len(losses) == steps and sum(tail) / len(tail) < losses[0]
+    with torch.no_grad():
+        right = model(data.test).argmax(dim=-1) == data.test_labels
+    return Run(
+        losses=tuple(losses),
+        accuracy=float(right.float().mean()) if survived else math.nan,
+        status="ok" if survived else "diverged",
+    )
+
+
+def largest_stable_rate(run: Callable[[float], Run], *, low: float, high: float) -> tuple[float, list[Run]]:
+    """Return the largest rate on the factor-two grid from ``low`` to ``high`` below the first divergence.
+
+    Args:
+        run: Trains a fresh model at a rate.
+        low, high: Ends of the grid.
+    Returns:
+        The rate, 0 if even ``low`` diverges, and the runs tried, in order.
+    """
+    best, tried, rate = 0.0, [], low
+    while rate <= high * 1.0001:
+        tried.append(run(rate))
+        if tried[-1].status != "ok":
+            break
+        best, rate = rate, 2 * rate
+    return best, tried
+
+
+def _batches(size: int, batch_size: int, seed: int) -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order: Tensor = torch.randperm(size, generator=generator)
+        for start in range(0, size - batch_size + 1, batch_size):
+            yield order[start : start + batch_size]
