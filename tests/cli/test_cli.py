@@ -92,6 +92,15 @@ def test_predict_prints_and_emits_json(folder: Path) -> None:
     assert len(profile["curves"]["q"]) == 5
 
 
+def test_prescribe_solves_alpha_by_depth(folder: Path) -> None:
+    done = run("prescribe", "preset:vit", "--norm", "derf", "--depths", "12,128", "--json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert rows[0]["status"] == "ok" and rows[0]["alpha"] > rows[1]["alpha"] > 0.3
+    done = run("prescribe", "preset:vit", "--field", "branch_scale", "--match", "pooled", "--value", "4", cwd=folder)
+    assert done.returncode == 0 and "branch_scale" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -103,6 +112,10 @@ def test_predict_prints_and_emits_json(folder: Path) -> None:
         (("diagnose", "mine.py:build", "--batch", "tokens:64x16", "--closure", "anealed"), "did you mean 'annealed'?"),
         (("diagnose", "hf:gpt2", "--layers", "100000000000000000000"), "must lie in [1, 1000000]"),
         (("diagnose", "hf:gpt2", "--layers", "2", "--tokens", "2000"), "2000 tokens are more than the 1024 positions"),
+        (("prescribe", "preset:vit"), "no sublayer of this spec has the field 'alpha'"),
+        (("prescribe", "preset:vit", "--norm", "derff"), "accepted: dyt, derf"),
+        (("prescribe", "preset:vit", "--norm", "derf", "--depths", "a"), "integers separated by commas; got 'a'"),
+        (("reproduce", "apjn/forwards"), "did you mean 'apjn/forward'?"),
         (("predict", "nowhere.toml"), "no spec file at 'nowhere.toml'"),
         (("predict", "preset:vit", "--layers", "0"), "must lie in [1, 10000000]; got 0"),
         (("predict", "preset:vit", "--p", "1.2"), "Did you pass a cosine?"),

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from fathometer.cli.prescribe import prescribe
 from fathometer.cli.reproduce import reproduce
 from fathometer.errors import FathometerError, MissingExtraError
 
@@ -140,6 +141,7 @@ def predict(
         console.print(f"Repeating the last block: {grown.sentence}.", highlight=False)
 
 
+app.command()(prescribe)
 app.command()(reproduce)
 
 

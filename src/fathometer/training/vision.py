@@ -29,7 +29,9 @@ class PatchClassifier(nn.Module):
         self.positions = nn.Parameter(torch.randn(PATCHES, spec.d_model, generator=generator) * half)
         self.stack = reference_network(spec, seed=seed)
         self.norm = nn.LayerNorm(spec.d_model)
-        self.head = nn.utils.skip_init(nn.Linear, spec.d_model, CLASSES)
+        self.head = nn.utils.skip_init(  # type: ignore[no-untyped-call]
+            nn.Linear, spec.d_model, CLASSES
+        )
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
