@@ -234,8 +234,13 @@ def test_a_grid_is_refused() -> None:
 
 
 def test_every_panel_becomes_a_picture(healthy: Report, broken: Report) -> None:
-    assert panels_of(healthy) == PANELS
-    for report in (healthy, broken):
+    tokens = {"apjn_token_log": np.linspace(3.0, 1.0, 16)}
+    whole = replace(healthy, measured=replace(healthy.measured, curves={**healthy.measured.curves, **tokens}))
+    assert panels_of(whole) == PANELS
+    assert [panel for panel in PANELS if panel not in panels_of(healthy)] == [
+        panel for panel in PANELS if panel.name == "tokens"
+    ]
+    for report in (whole, broken):
         for panel in panels_of(report):
             assert to_png(panel.figure(report), dpi=40).startswith(b"\x89PNG")
 

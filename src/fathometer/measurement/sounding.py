@@ -184,6 +184,7 @@ def sound(
     starts = [token_moments(layout.arranged(c)) for c in cotangents]
     logs = np.zeros((len(stack) + 1, len(cotangents)))
     overlaps = np.zeros((len(stack) + 1, len(cotangents)))
+    by_token: list[FloatArray] = []
     overlaps[-1] = [start[1] / start[0] for start in starts]
     for layer in range(len(stack) - 1, -1, -1):
         call = calls[layer]
@@ -206,6 +207,9 @@ def sound(
                     f"the gradient at {stack.names[layer]!r} is {level}; it cannot be carried further back"
                 )
             logs[layer, i] = logs[layer + 1, i] + math.log(level / starts[i][0])
+            if layer == 0 and i < draws:
+                tokens = layout.arranged(gradient).square().mean(dim=-1, dtype=torch.float64).mean(dim=0)
+                by_token.append(logs[0, i] + np.log(tokens.cpu().numpy() / level))
             overlaps[layer, i] = overlap / level
             cotangents[i] = gradient * math.sqrt(starts[i][0] / level)
         calls[layer].output = None
@@ -216,6 +220,7 @@ def sound(
     weights = np.exp(isotropic - top)
     curves["apjn_log"] = np.log(weights.mean(axis=1)) + top[:, 0]
     curves["gradient_alignment"] = (overlaps[:, :draws] * weights).mean(axis=1) / weights.mean(axis=1)
+    curves["apjn_token_log"] = np.log(np.mean(np.exp(np.stack(by_token) - top[0]), axis=0)) + top[0]
     if pooled:
         curves["gradient_log"] = logs[:, -1]
     curves |= _layer_curves(rows[::-1], added[::-1])

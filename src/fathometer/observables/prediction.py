@@ -113,6 +113,7 @@ def _profile_of_gram(trajectory: GramTrajectory) -> Profile:
         "gradient_alignment": alignment[at],
         "gradient_log": _log_mean(pooled, samples)[at],
         "apjn_forward_log": _log_mean(trajectory.forward_log, samples)[at],
+        "apjn_token_log": _token_log(log_norm[0], matrices[0]),
         **_added(_mean(_diagonal_mean(trajectory.added), samples), trajectory),
     }
     if trajectory.attention and _one_attention_per_block(trajectory):
@@ -126,6 +127,12 @@ def _profile_of_gram(trajectory: GramTrajectory) -> Profile:
             "logit_variance": trajectory.attention["logit_variance"].mean(axis=over),
         }
     return Profile(source="theory", curves=curves, about=_about(trajectory))
+
+
+def _token_log(log_norm: FloatArray, matrix: FloatArray) -> FloatArray:
+    """Return the log mean square of every token's gradient at the input, averaged over samples."""
+    logs = log_norm[..., None] + np.log(np.diagonal(matrix, axis1=-2, axis2=-1))
+    return _log_mean(logs, tuple(range(logs.ndim - 1)))
 
 
 def _added(added: FloatArray, trajectory: Trajectory | GramTrajectory) -> dict[str, FloatArray]:

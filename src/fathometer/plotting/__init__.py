@@ -15,6 +15,7 @@ from fathometer.plotting.layers import (
     draw_gradients,
     draw_score_variance,
     draw_stream,
+    draw_tokens,
 )
 from fathometer.plotting.overview import draw_overview
 from fathometer.plotting.panels import PANELS, Panel, panels_of
@@ -31,6 +32,7 @@ __all__ = [
     "draw_overview",
     "draw_score_variance",
     "draw_stream",
+    "draw_tokens",
     "panels_of",
     "to_png",
     "to_svg",

@@ -107,6 +107,22 @@ def draw_forward(source: Drawable | Subject, ax: Axes | None = None, *, sources:
     return _close(ax, subject, quantity, (), sources)
 
 
+def draw_tokens(source: Drawable | Subject, ax: Axes | None = None, *, sources: bool = True) -> Axes:
+    """Draw the APJN from the input to the output for every token position."""
+    subject, ax = subject_of(source), axes_or_new(ax)
+    dress(ax, "Gradients by token, at the first block", xlabel="position", ylabel="mean square, relative to the output")
+    name = "apjn_token_log"
+    if not subject.has(name):
+        nothing(ax, "not measured" if subject.measured is not None else "not predicted")
+        return ax
+    scale = scale_for(subject, [name])
+    drawn = [profile for profile in subject.profiles if name in profile.curves]
+    for profile in drawn:
+        _mark(ax, profile.source, series(profile, name, scale), FIRST, "APJN")
+    finish(ax, scale, len(drawn[0].curves[name]) - 1)
+    return _close(ax, subject, ((name, "APJN of a token", FIRST),), (), sources)
+
+
 def draw_branches(source: Drawable | Subject, ax: Axes | None = None, *, sources: bool = True) -> Axes:
     """Draw the mean square that attention and the MLP add to the stream in each block."""
     subject, ax = subject_of(source), axes_or_new(ax)

@@ -85,6 +85,16 @@ PANELS: tuple[Panel, ...] = (
         ),
     ),
     Panel(
+        name="tokens",
+        curves=("apjn_token_log",),
+        draw=layers.draw_tokens,
+        title="Gradients by token position",
+        reading=(
+            "How much the gradient of each token has grown by the time it reaches the first block. In a causal model "
+            "early tokens are read by all later ones and collect more; without a mask positions differ only where tokens do."
+        ),
+    ),
+    Panel(
         name="forward",
         curves=("apjn_forward_log",),
         draw=layers.draw_forward,

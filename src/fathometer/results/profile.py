@@ -14,13 +14,15 @@ from fathometer.errors import SpecError, nearest
 
 FloatArray = NDArray[np.float64]
 
-#: Every name a profile may hold: (axis, unit, meaning). Axis "border" has n_layers + 1 entries, "layer" has n_layers.
+#: Every name a profile may hold: (axis, unit, meaning). Axis "border" has n_layers + 1 entries, "layer" has n_layers,
+#: "token" has n_tokens.
 VOCABULARY: dict[str, tuple[str, str, str]] = {
     "q": ("border", "1", "mean square of the stream per coordinate"),
     "p": ("border", "1", "mean overlap of two different tokens per coordinate"),
     "cosine": ("border", "1", "p / q"),
     "apjn_log": ("border", "nats", "ln J^{L,l}: log averaged partial Jacobian norm from layer l to the output"),
     "apjn_forward_log": ("border", "nats", "ln J^{l,0}: the same from the input to layer l"),
+    "apjn_token_log": ("token", "nats", "ln J^{L,0} of every token position, averaged over samples"),
     "gradient_alignment": (
         "border",
         "1",
