@@ -135,7 +135,7 @@ def growth(
         constants=constants,
         fitted=_fit(kind, decay[0], layers, log_apjn),
         crossover=_crossover(block, levels),
-        coherent_depth=n_tokens ** (1 / (1 - constants["zeta"])) if 0 < constants.get("zeta", 2.0) < 1 else None,
+        coherent_depth=_coherent_depth(constants, n_tokens),
         depth=depth,
     )
 
@@ -282,6 +282,12 @@ def _sublayer_slopes(s: Sublayer, overlap: float) -> tuple[float, float]:
     pair = z * overlap
     shared = scale * (gate * float(f.slope_overlap(z, z, pair)) * gain * overlap + float(f.overlap(z, z, pair)))
     return own, shared
+
+
+def _coherent_depth(constants: dict[str, float], n_tokens: int) -> float | None:
+    """Return ``n^(1/(zeta_coherent - zeta))``, where the two modes of a critical stack contribute alike to J."""
+    gap = constants.get("zeta_coherent", 0.0) - constants.get("zeta", 0.0)
+    return float(n_tokens ** (1 / gap)) if gap > 0 else None
 
 
 def _decay(layers: FloatArray, steps: FloatArray) -> tuple[float, float]:

@@ -91,7 +91,7 @@ PANELS: tuple[Panel, ...] = (
         title="Gradients by token position",
         reading=(
             "How much the gradient of each token has grown by the time it reaches the first block. In a causal model "
-            "early tokens are read by all later ones and collect more; without a mask positions differ only where tokens do."
+            "early tokens are read by all later ones and collect more; without a mask positions differ as tokens do."
         ),
     ),
     Panel(
