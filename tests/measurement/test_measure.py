@@ -62,9 +62,9 @@ def test_every_layer_comes_from_one_pass() -> None:
     streams = [tokens.clone().requires_grad_()]
     for block in model.blocks:
         streams.append(block(streams[-1]))
-    from fathometer.models.redraw import parameter_generator
+    from fathometer.models.seeding import named_generator
 
-    cotangent = torch.randn(streams[-1].shape, generator=parameter_generator(5, "cotangent")).double()
+    cotangent = torch.randn(streams[-1].shape, generator=named_generator(5, "cotangent")).double()
     for layer, stream in enumerate(streams):
         (gradient,) = torch.autograd.grad(streams[-1], stream, cotangent, retain_graph=True)
         ratio = float(gradient.square().sum() / cotangent.square().sum())

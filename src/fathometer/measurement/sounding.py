@@ -37,7 +37,7 @@ from fathometer.measurement.layout import Layout, layout_of
 from fathometer.measurement.statistics import row_statistics, token_moments
 from fathometer.models.branches import branch_outputs
 from fathometer.models.finding import Stack
-from fathometer.models.redraw import parameter_generator
+from fathometer.models.seeding import named_generator
 from fathometer.models.trace import Trace, first_tensor, hooked, tracing
 
 FloatArray = NDArray[np.float64]
@@ -78,7 +78,7 @@ def record_calls(model: nn.Module, stack: Stack, batch: Batch, tangent: bool, se
     """Run the model forward and keep every block's call; optionally carry a tangent and return ``ln J^{l,0}``."""
     calls: list[BlockCall] = []
     norms: list[float] = []
-    generator = parameter_generator(seed, "tangent")
+    generator = named_generator(seed, "tangent")
 
     def before(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         stream = first_tensor(args, kwargs)
@@ -234,7 +234,7 @@ def _layout(block: nn.Module, call: BlockCall) -> Layout:
 
 
 def _cotangents(output: Tensor, layout: Layout, seed: int, draws: int, pooled: bool) -> list[Tensor]:
-    generator = parameter_generator(seed, "cotangent")
+    generator = named_generator(seed, "cotangent")
     out = [torch.randn(output.shape, generator=generator).to(output) for _ in range(draws)]
     if pooled:
         shared = torch.randn(layout.shared_shape(output), generator=generator).to(output)

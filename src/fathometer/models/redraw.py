@@ -15,13 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fathometer.models.identify import rms
+from fathometer.models.seeding import named_generator
 from fathometer.models.weights import WeightSlice
-
-
-def parameter_generator(seed: int, name: str) -> torch.Generator:
-    """Return a CPU generator seeded by ``hash(seed, name)``."""
-    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
 @contextmanager
@@ -53,7 +48,7 @@ def redrawn(model: nn.Module, slices: Sequence[WeightSlice], seed: int, *, tied:
                 key = f"{name}[{part.start}:{part.stop}]"
                 if tied:
                     key = twins.setdefault(_fingerprint(view), key)
-                generator = parameter_generator(seed, key)
+                generator = named_generator(seed, key)
                 noise = torch.randn(view.shape, generator=generator, dtype=torch.float32)
                 view.copy_(noise.to(view.device, view.dtype) * rms(view))
             kept[name] = parameter.data

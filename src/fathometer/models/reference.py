@@ -12,7 +12,6 @@ predict at infinite width.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Iterator
 from typing import Any, assert_never
 
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fathometer.errors import NotCoveredError, SpecError
+from fathometer.models.seeding import named_generator
 from fathometer.spec import (
     MLP,
     Activation,
@@ -245,7 +245,7 @@ def draw_weights(module: nn.Module, seed: int) -> None:
     """
     with torch.no_grad():
         for name, parameter, std in weight_stds(module):
-            generator = torch.Generator().manual_seed(parameter_seed(seed, name))
+            generator = named_generator(seed, name)
             values = torch.empty(parameter.shape, dtype=torch.float32).normal_(0.0, 1.0, generator=generator)
             parameter.copy_(values.mul_(std))
 
@@ -262,11 +262,6 @@ def weight_stds(module: nn.Module) -> Iterator[tuple[str, Tensor, float]]:
             yield f"{name}.weight", linear.weight, getattr(owner.branch, field) / linear.in_features**0.5
             if linear.bias is not None:
                 yield f"{name}.bias", linear.bias, getattr(owner.branch, f"{field.removeprefix('mlp_')}_bias")
-
-
-def parameter_seed(seed: int, name: str) -> int:
-    """Return the seed of one parameter's generator, the same on every machine."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest(), "big") >> 1
 
 
 def hidden_width(branch: MLP | GatedMLP, d_model: int) -> int:
