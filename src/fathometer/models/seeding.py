@@ -8,6 +8,6 @@ import torch
 
 
 def named_generator(seed: int, name: str) -> torch.Generator:
-    """Return a CPU generator seeded by ``hash(seed, name)``: the same on every machine, in any order, under any sharding."""
+    """Return a CPU generator seeded by ``hash(seed, name)``: the same on every machine and in any order."""
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
