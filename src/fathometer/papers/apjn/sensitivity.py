@@ -126,7 +126,7 @@ def sensitivity(size: Size, progress: Progress = silent) -> Sensitivity:
         warmups=(0, 10) if small else (0, 50),
         d_model=32 if small else 192,
         steps=30 if small else 200,
-        seeds=min(size.seeds, 2) if small else 5,
+        seeds=min(size.seeds, 3) if small else 5,
     )
     return run(protocol, progress)
 
