@@ -32,6 +32,13 @@ def test_a_small_model_learns_digits_and_a_large_rate_diverges() -> None:
     assert bad.status == "diverged" and math.isnan(bad.accuracy)
 
 
+def test_a_rate_too_small_to_learn_is_stable() -> None:
+    data = load_digits()
+    for seed in range(6):
+        slow = train(PatchClassifier(SPEC, seed=seed), data, rate=1e-6, steps=20, batch_size=32, seed=seed)
+        assert slow.status == "ok", seed
+
+
 def test_runs_repeat_exactly_and_leave_the_random_state_alone() -> None:
     data = load_digits()
     before = torch.get_rng_state()

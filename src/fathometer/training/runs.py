@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from fathometer.errors import DomainError
 from fathometer.training.digits import Digits
 
+#: How far above the first loss, relatively, a run may end without counting as diverged: batch noise is smaller.
+DIVERGENCE = 0.05
+
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, momentum=0.9),
     "adamw": lambda parameters, lr: torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0),
@@ -25,7 +28,8 @@ class Run:
     Attributes:
         losses: Training loss at every step taken.
         accuracy: Share of the test part classified rightly; NaN for a run that diverged.
-        status: ``"ok"``, or ``"diverged"``: the loss left the finite numbers, or ended above where it started.
+        status: ``"ok"``, or ``"diverged"``: the loss left the finite numbers, or its mean over the last fifth of the steps
+            ended more than a twentieth above the first loss. A rate too small to learn within the steps is stable.
     """
 
     losses: tuple[float, ...]
@@ -75,7 +79,7 @@ def train(
         loss.backward()  # type: ignore[no-untyped-call]
         updater.step()
     tail = losses[-max(len(losses) // 5, 1) :]
-    survived = len(losses) == steps and sum(tail) / len(tail) < losses[0]
+    survived = len(losses) == steps and sum(tail) / len(tail) < (1 + DIVERGENCE) * losses[0]
     with torch.no_grad():
         right = model(data.test).argmax(dim=-1) == data.test_labels
     return Run(

@@ -5,8 +5,8 @@ The largest stable learning rate on a factor-two grid is set against the predict
 loss, and their rank correlation is reported with its interval, whatever it is.
 
 Protocol (ours): SGD with momentum 0.9, no weight decay, no clipping; a rate is stable if no loss leaves the finite
-numbers and the mean loss of the last fifth of the steps is below the first loss. Tokens at the first block have unit
-mean square.
+numbers and the mean loss of the last fifth of the steps is at most a twentieth above the first loss. Tokens at the
+first block have unit mean square.
 """
 
 from __future__ import annotations
