@@ -28,7 +28,7 @@ class Run:
     Attributes:
         losses: Training loss at every step taken.
         accuracy: Share of the test part classified rightly; NaN for a run that diverged.
-        status: ``"ok"``, or ``"diverged"``: a loss left the finite numbers, or the mean over the last fifth of the steps
+        status: ``"ok"``, or ``"diverged"``: a loss left the finite numbers, or their mean over the last fifth of steps
             ended more than a twentieth above the first loss. A rate too small to learn within the steps is stable.
     """
 
