@@ -55,3 +55,14 @@ def test_curves_of_a_report_are_finite_where_it_is_healthy() -> None:
     report = fm.diagnose(fm.reference_network(spec, seed=0), tokens, seeds=2, closure="uniform")
     assert report.healthy
     assert all(np.all(np.isfinite(curve)) for curve in report.measured.curves.values())
+
+
+def test_a_point_where_the_stream_overflows_is_no_remedy() -> None:
+    """A norm-free stack: large factors overflow to infinity, which no criterion may take for healthy."""
+    case = next(case for case in UNHEALTHY if case.name == "no norm at all")
+    model, batch = case.build()
+    report = fm.diagnose(model, batch, seeds=1, forward=False)
+    assert report.remedies
+    for remedy in report.remedies:
+        assert all(np.isfinite(value) for value in remedy.after.values())
+        assert remedy.after["final mean square"] < report.measured.q[-1]

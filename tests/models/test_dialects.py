@@ -13,6 +13,7 @@ from fathometer.errors import ModelError
 from fathometer.measurement import observe
 from fathometer.measurement.batches import load_batch
 from fathometer.models import load_model
+from fathometer.observables import predict
 
 
 class Dialect(nn.Module):
@@ -166,3 +167,37 @@ def test_tiny_layer_scale_is_not_zero() -> None:
     assert found.reading is not None, found.not_covered
     scales = [part.sublayer.branch_scale for layer in found.reading.layers for part in layer]
     assert scales == pytest.approx([5e-5] * 4, rel=0.05)
+
+
+def test_a_decoder_layer_is_cross_attention_not_self_attention() -> None:
+    decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(64, 4, 128, batch_first=True, norm_first=True), 2)
+    found = observe(decoder, {"tgt": torch.randn(2, 9, 64), "memory": torch.randn(2, 9, 64)}, seeds=1)
+    assert found.reading is None and "cross-attention" in found.not_covered
+
+
+def test_additive_masks_of_the_multihead_module() -> None:
+    layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True, norm_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    tokens = torch.randn(2, 9, 64)
+    distance = (torch.arange(9.0)[:, None] - torch.arange(9.0)).abs()
+    biased = observe(model, {"src": tokens, "mask": -distance}, seeds=1)
+    assert biased.reading is None and "additive attention bias" in biased.not_covered
+    padded = torch.zeros(2, 9, dtype=torch.bool)
+    padded[0, -2:] = True
+    seen = observe(model, {"src": tokens, "src_key_padding_mask": padded}, seeds=1)
+    assert seen.reading is None and "padding" in seen.not_covered
+
+
+@pytest.mark.parametrize("attention", ["fused", "softmax -inf"])
+@pytest.mark.parametrize("name", ["q", "o", "down"])
+def test_weights_that_start_at_zero(name: str, attention: str) -> None:
+    model = nn.Sequential(Dialect(attention=attention), Dialect(attention=attention))
+    for block in model:
+        nn.init.zeros_(getattr(block, name).weight)
+    found = observe(model, torch.randn(2, 12, 64), seeds=2)
+    assert found.reading is not None, found.not_covered
+    sublayers = found.reading.spec.blocks[0].sublayers
+    zero = {"q": sublayers[0].branch.query, "o": sublayers[0].branch.output, "down": sublayers[1].branch.mlp_out}[name]
+    assert zero == 0.0
+    theory = predict(found.reading.spec, gram=found.gram)
+    assert theory.apjn_log[0] == pytest.approx(found.profile.apjn_log[0], abs=0.3)

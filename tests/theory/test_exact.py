@@ -611,3 +611,14 @@ def test_overflow_is_said_and_marked_on_a_grid() -> None:
             with_field(spec, "branch_scale", np.array([1e-3, 1.0])), n_tokens=8, q=1.0, p=0.5, closure=Uniform()
         )
     assert grid.status.tolist() == ["ok", "overflow"]
+
+
+def test_rows_of_a_fixed_attention_are_its_own() -> None:
+    attention = np.array([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.2, 0.3, 0.5]])
+    gram = 0.4 + 0.6 * np.eye(3)
+    rows = propagate_gram(build(), gram, closure=Uniform(), attention=attention).attention
+    np.testing.assert_allclose(rows["inverse_participation"][0], [1.0, 0.5, 0.38])
+    np.testing.assert_allclose(
+        rows["attention_entropy"][0], [0.0, np.log(2), -(attention[2] * np.log(attention[2])).sum()]
+    )
+    np.testing.assert_array_equal(rows["visible_keys"][0], [1, 2, 3])

@@ -55,7 +55,7 @@ class Closure(Protocol):
         """The name written into results."""
         ...
 
-    def statistics(self, n_tokens: int, variance: Any, correlation: Any) -> AttentionStatistics:
+    def statistics(self, n_tokens: Any, variance: Any, correlation: Any) -> AttentionStatistics:
         """Return the averages for ``n_tokens`` keys at score variance and row correlation (broadcast arrays)."""
         ...
 
@@ -88,13 +88,11 @@ class Uniform:
 
     name: str = "uniform"
 
-    def statistics(self, n_tokens: int, variance: Any, correlation: Any) -> AttentionStatistics:
+    def statistics(self, n_tokens: Any, variance: Any, correlation: Any) -> AttentionStatistics:
         """See :class:`Closure`."""
         level = 0.0 * variance + 1 / n_tokens
         zero = 0.0 * variance
-        return AttentionStatistics(
-            y2=level, y12=level, score=zero, score_pair=zero, entropy=zero + float(np.log(n_tokens))
-        )
+        return AttentionStatistics(y2=level, y12=level, score=zero, score_pair=zero, entropy=zero + np.log(n_tokens))
 
     def value_path(self, n_tokens: int, statistics: AttentionStatistics) -> ValuePath:
         """See :class:`Closure`."""
@@ -115,12 +113,10 @@ class UniformLargeN:
 
     name: str = "uniform_large_n"
 
-    def statistics(self, n_tokens: int, variance: Any, correlation: Any) -> AttentionStatistics:
+    def statistics(self, n_tokens: Any, variance: Any, correlation: Any) -> AttentionStatistics:
         """See :class:`Closure`."""
         zero = 0.0 * variance
-        return AttentionStatistics(
-            y2=zero, y12=zero, score=zero, score_pair=zero, entropy=zero + float(np.log(n_tokens))
-        )
+        return AttentionStatistics(y2=zero, y12=zero, score=zero, score_pair=zero, entropy=zero + np.log(n_tokens))
 
     def value_path(self, n_tokens: int, statistics: AttentionStatistics) -> ValuePath:
         """See :class:`Closure`."""
@@ -153,11 +149,9 @@ class Annealed:
     score_path: bool = True
     name: str = "annealed"
 
-    def statistics(self, n_tokens: int, variance: Any, correlation: Any) -> AttentionStatistics:
+    def statistics(self, n_tokens: Any, variance: Any, correlation: Any) -> AttentionStatistics:
         """See :class:`Closure`."""
-        others = n_tokens - 1
-        # log(0) for a single token would warn; there every weight is one
-        shift = np.log(others) if others else -np.inf
+        shift = np.log(np.maximum(n_tokens - 1, 1e-300))  # a single key has all the weight
         y2 = expit(variance - shift)
         y12 = expit(variance * correlation - shift)
         on = 1.0 if self.score_path else 0.0

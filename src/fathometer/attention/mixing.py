@@ -69,6 +69,16 @@ class FixedMixing:
     def __init__(self, attention: FloatArray) -> None:
         self.attention = attention
 
+    def row_statistics(self, shape: tuple[int, ...]) -> dict[str, FloatArray]:
+        """Return entropy (nats), inverse participation and number of keys of every row, broadcast to ``shape``."""
+        weights = self.attention
+        rows = {
+            "attention_entropy": -np.sum(weights * np.log(np.where(weights > 0, weights, 1.0)), axis=-1),
+            "inverse_participation": np.sum(weights**2, axis=-1),
+            "visible_keys": np.count_nonzero(weights, axis=-1).astype(np.float64),
+        }
+        return {name: np.broadcast_to(row, shape) for name, row in rows.items()}
+
     def forward(self, gram: FloatArray) -> FloatArray:
         """See :class:`Mixing`."""
         return np.asarray(self.attention @ gram @ self.attention.T)

@@ -147,7 +147,7 @@ def _families(reading: ModelReading, failing: set[str]) -> Iterable[Family]:
             title="Scale what branches write to the stream by {factor}",
             cures=gradient,
             factors=_DOWN,
-            change=lambda spec, f: scaled_field(spec, "branch_scale", f),
+            change=lambda spec, f: _scaled(spec, ("output", "mlp_out"), f),
             snippet=lambda f: scale_weights(outputs, f),
         )
     everything = [s for layer in reading.layers for part in layer for s in part.roles.values()]
@@ -204,6 +204,8 @@ def _mildest(
     best: tuple[int, float, float, set[str], Curves] | None = None
     for i, factor in enumerate(family.factors):
         curves = {name: curve[:, i] for name, curve in grid.items()}
+        if not all(np.all(np.isfinite(curve)) for curve in curves.values()):
+            continue  # the stream overflows here
         kept = None if family.restores_skip else skips
         if _failures(curves, limits, kept) - fails_before:
             continue

@@ -202,7 +202,7 @@ def _reading(readings: dict[int, Any], d_model: int) -> tuple[ModelReading | Non
         if isinstance(readings[layer], NotCoveredError):
             return None, f"block {layer}: {readings[layer].reason}"
     layers = tuple(readings[layer] for layer in sorted(readings))
-    return ModelReading(spec=spec_of(layers, d_model), layers=layers, notes=()), None
+    return ModelReading(spec=spec_of(layers, d_model), layers=layers), None
 
 
 def _rescaled_added(curves: dict[str, FloatArray], scales: list[list[float]], reading: Any) -> dict[str, FloatArray]:

@@ -2,17 +2,15 @@ r"""One sounding of a model: a signal down, gradients back.
 
 The model runs forward once with an isotropic tangent riding on the first block's input, which gives the forward
 APJN; only block inputs are kept. Then each block is run again from its kept input, last block first, with gradients
-on: one reverse pass gives the APJN to every layer, and the same re-run shows branches and attention rows. Cost:
-    about two forwards and one backward to inputs
-per draw (a training step's backward also forms weight gradients); memory: block inputs plus one block's graph, so a
-thousand layers fit.
+on: one reverse pass gives the APJN to every layer, and the same re-run shows branches and attention rows. It costs
+about two forwards and one backward to inputs per draw (a training step's backward also forms weight gradients), and
+the memory of block inputs plus one block's graph, so a thousand layers fit.
 
-.. math:: \hat J^{L,l} = \frac{|g^l|^2}{|g^L|^2}, \qquad g^{l} = \Bigl(\frac{\partial x^{L}}{\partial
-x^{l}}\Bigr)^{T} g^{L},
-          \qquad g^L \sim \mathcal N(0, I)
+.. math:: \hat J^{L,l} = \frac{|g^l|^2}{|g^L|^2}, \qquad
+          g^{l} = \Bigl(\frac{\partial x^{L}}{\partial x^{l}}\Bigr)^{T} g^{L}, \qquad g^L \sim \mathcal N(0, I)
 
 Source: the estimator, Doshi et al., arXiv:2111.12143; the single reverse pass and the alignment K from the same
-    vectors, ours.
+vectors, ours.
 """
 
 from __future__ import annotations

@@ -35,8 +35,7 @@ def row_statistics(scores: Tensor) -> dict[str, float]:
     """Return mean attention statistics of masked scores, shape ``(batch, heads, n_queries, n_keys)``.
 
     Keys: ``entropy`` (nats), ``entropy_relative`` (over the logarithm of the number of visible keys, rows that see
-        more than one),
-    ``y2`` (mean of sum A^2), ``logit_variance`` (unbiased, over the visible keys of a row).
+        more than one), ``y2`` (mean of sum A^2), ``logit_variance`` (unbiased, over the visible keys of a row).
     """
     scores = scores.float()
     visible = ~torch.isneginf(scores)

@@ -37,14 +37,12 @@ class SublayerReading:
     Attributes:
         sublayer: What it computes, as data.
         roles: Role to weight slice.
-        exit_module: Name of the module whose output is added to the stream, after layer scale or output norm.
-        added_scale: Factor between that module's output and what reaches the stream.
+        added_scale: Factor between the branch's last module (after layer scale or output norm) and the stream.
         alpha: Name of the parameter that holds the input norm's alpha, for DyT and Derf.
     """
 
     sublayer: Sublayer
     roles: dict[str, WeightSlice]
-    exit_module: str
     added_scale: float
     alpha: str | None = None
 
@@ -56,12 +54,10 @@ class ModelReading:
     Attributes:
         spec: The transformer the theory propagates.
         layers: Per block, per sublayer, where everything lives.
-        notes: What was read but is not modelled, with its size.
     """
 
     spec: Transformer
     layers: tuple[tuple[SublayerReading, ...], ...]
-    notes: tuple[str, ...]
 
 
 def read_block(name: str, block_input: Tensor, block_output: Tensor, trace: Trace) -> tuple[SublayerReading, ...]:
@@ -106,7 +102,7 @@ def _read_branch(
 ) -> tuple[SublayerReading, list[Tensor]]:
     """Read one branch; ``streams`` are the tensors the residual may start from (before and after a post-norm)."""
     input_norm, stream = entry(branch, streams, trace)
-    output, output_norm, gain, exit_name = leaving(branch, trace)
+    output, output_norm, gain, _ = leaving(branch, trace)
     target, fitted = next_stream(stream, streams, output, following, block_output, trace)
     if fitted is None:
         if any(same_tensor(branch.source, other) for other in streams[1:]) and following is None:
@@ -125,7 +121,6 @@ def _read_branch(
     reading = SublayerReading(
         sublayer=sublayer,
         roles=roles,
-        exit_module=f"{name}.{exit_name}",
         added_scale=fitted.scale,
         alpha=_alpha_parameter(name, branch, trace) if isinstance(input_norm, (DyT, Derf)) else None,
     )

@@ -55,6 +55,7 @@ class AttentionCall:
         causal: Whether the kernel itself masks the future.
         mask: Additive or boolean mask given to the kernel.
         logits: Masked scores given to a plain softmax.
+        crossed: Whether keys are known to come from another tensor than queries.
     """
 
     queries: Tensor | None
@@ -63,6 +64,7 @@ class AttentionCall:
     causal: bool
     mask: Tensor | None
     logits: Tensor | None
+    crossed: bool = False
 
     @property
     def n_heads(self) -> int:
@@ -209,16 +211,28 @@ def _from_multihead(
         (x.detach() @ w.T + b).reshape(*x.shape[:2], num_heads, d_head).permute(1, 2, 0, 3)
         for x, w, b in zip((query, key), weights, biases, strict=True)
     ]
-    hidden = None
-    if attn_mask is not None:
-        hidden = attn_mask if attn_mask.dtype == torch.bool else torch.isneginf(attn_mask)
-        hidden = hidden.reshape(-1, num_heads, *hidden.shape[1:]) if hidden.ndim == 3 else hidden
-    if key_padding_mask is not None:
-        padding = key_padding_mask if key_padding_mask.dtype == torch.bool else torch.isneginf(key_padding_mask)
-        padding = padding[:, None, None, :]
-        hidden = padding if hidden is None else hidden | padding
-    mask = None if hidden is None else ~hidden.detach()
-    return AttentionCall(heads[0], heads[1], 1 / math.sqrt(d_head), False, mask, None)
+    masks = [_additive(attn_mask, heads[0]), _additive(key_padding_mask, heads[0])]
+    if masks[0] is not None and masks[0].ndim == 3:  # one mask for every sample and head
+        masks[0] = masks[0].reshape(-1, num_heads, *masks[0].shape[1:])
+    if masks[1] is not None:
+        masks[1] = masks[1][:, None, None, :]
+    given = [mask for mask in masks if mask is not None]
+    return AttentionCall(
+        queries=heads[0],
+        keys=heads[1],
+        scale=1 / math.sqrt(d_head),
+        causal=False,
+        mask=sum(given[1:], given[0]) if given else None,
+        logits=None,
+        crossed=query.data_ptr() != key.data_ptr(),
+    )
+
+
+def _additive(mask: Tensor | None, like: Tensor) -> Tensor | None:
+    """Return a mask of this module, where true means hidden, as numbers to add to scores."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask if mask is None else mask.detach()
+    return torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill(mask, -math.inf)
 
 
 @contextmanager

@@ -55,6 +55,12 @@ def read_attention(name: str, branch: Branch) -> tuple[SelfAttention, dict[str, 
     call = branch.attention
     assert call is not None
     exit_call = branch.exit
+    if call.crossed:
+        raise NotCoveredError(f"{exit_call.name!r} reads another sequence: cross-attention")
+    if call.bias_share > _NEGLECTED:
+        raise NotCoveredError(
+            f"an additive attention bias that depends on the key makes {call.bias_share:.0%} of the score variance"
+        )
     if isinstance(exit_call.module, nn.MultiheadAttention):
         return _read_multihead(name, exit_call, call)
     tokens = branch.source.numel() // branch.source.shape[-1]
@@ -81,10 +87,6 @@ def read_attention(name: str, branch: Branch) -> tuple[SelfAttention, dict[str, 
         entry for entry in reversed(branch.entries) if slices["value"].parameter.startswith(f"{name}.{entry.name}.")
     )
     kv_width = slices["value"].stop - slices["value"].start
-    if call.bias_share > _NEGLECTED:
-        raise NotCoveredError(
-            f"an additive attention bias that depends on the key makes {call.bias_share:.0%} of the score variance"
-        )
     outputs = {role: _projected(branch, slices[role]) for role in ("query", "key")}
     for role in ("query", "key"):
         entry = next(e for e in branch.entries if slices[role].parameter.endswith(f".{e.name}.weight"))
@@ -205,6 +207,8 @@ def _score_scale(branch: Branch, call: AttentionCall, outputs: dict[str, Tensor]
         normed = all(_even(seen[role]) and not _even(heads[role]) for role in heads)
         size = rms(seen["query"]) * rms(seen["key"])
         reference = 1.0 if normed else raw["query"] * raw["key"]
+        if reference == 0:  # queries or keys start at zero: no multiplier can be told, and none matters
+            return normed, 1.0
         return normed, call.scale * math.sqrt(d_head) * size / reference
     assert call.logits is not None
     inner = [
@@ -224,7 +228,8 @@ def _score_scale(branch: Branch, call: AttentionCall, outputs: dict[str, Tensor]
         keys = keys.repeat_interleave(queries.shape[-3] // keys.shape[-3], dim=-3)
     products = (queries @ keys.transpose(-1, -2)) / math.sqrt(d_head)
     scores = call.scores().double().reshape(products.shape)
-    return normed, centred_rms(scores, torch.isneginf(scores)) / centred_rms(products, torch.isneginf(scores))
+    spread = centred_rms(products, torch.isneginf(scores))
+    return normed, centred_rms(scores, torch.isneginf(scores)) / spread if spread > 0 else 1.0
 
 
 def _even(heads: Tensor) -> bool:

@@ -14,8 +14,7 @@ with saturating norms, DyT and Derf (subcritical, b = 1/2); everything else is f
 with an error.
 
 Sources: the classes, Doshi et al., arXiv:2111.12143, and Alekseev, arXiv:2604.11890v3; constants for general
-    activations,
-finite token number and DyT, derived in the documentation.
+    activations, finite token number and DyT, derived in the documentation.
 """
 
 from __future__ import annotations

@@ -61,8 +61,7 @@ def scale_for(subject: Subject, names: Sequence[str]) -> Scale:
     """Choose the axis for these curves of the subject: logarithmic where they span more than a factor of 30.
 
     Only curves that are positive everywhere count. Should another curve share a logarithmic axis, its values that are
-    not positive
-    are left out, and the panel says so.
+    not positive are left out, and the panel says so.
     """
     logs = []
     for profile in subject.profiles:

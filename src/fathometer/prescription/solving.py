@@ -67,11 +67,11 @@ def solve_field(
     Args:
         spec: The transformer, at the depth in question.
         field: For instance ``"alpha"`` or ``"branch_scale"``.
-        target: ``"gradient"`` (the APJN ``J^{L,0}``), ``"pooled"`` (gradient amplification of a mean-pooled loss) or
-            ``"growth"`` (``q_L / q_0``).
+        target: What to match, causal masks dropped: ``"gradient"`` (the APJN ``J^{L,0}``), ``"pooled"`` (gradient
+            amplification of a mean-pooled loss) or ``"growth"`` (``q_L / q_0``).
         n_tokens, q, p: Tokens at the first block.
         bound: The wanted value of the target; by default, what the same spec reaches with LayerNorm in every input
-            slot.
+            slot (and unscaled branches, where the branch scale is what is solved for).
         low, high: Range searched, logarithmically.
         closure: How the softmax is averaged.
         collect: Return a solution with status ``"no root"`` instead of raising.
@@ -95,7 +95,7 @@ def solve_field(
         with np.errstate(over="ignore"):
             return _read(described, target, n_tokens, q, p, averaging)
 
-    wanted = float(np.log(bound)) if bound is not None else float(log_target(spec.map_sublayers(_layer_norm)))
+    wanted = float(np.log(bound)) if bound is not None else float(log_target(_with_layer_norm(spec, field)))
     grid = np.geomspace(low, high, 64)
     values = log_target(with_field(spec, field, grid)) - wanted
     crossings = np.flatnonzero(np.isfinite(values[:-1]) & np.isfinite(values[1:]) & (values[:-1] * values[1:] <= 0))
@@ -137,5 +137,9 @@ def _read(spec: Transformer, target: str, n_tokens: int, q: float, p: float, clo
     return np.asarray(curves["apjn_log" if target == "gradient" else "gradient_log"][0])
 
 
-def _layer_norm(sublayer: Sublayer) -> Sublayer:
-    return replace(sublayer, input_norm=LayerNorm(), branch_scale=1.0)
+def _with_layer_norm(spec: Transformer, field: str) -> Transformer:
+    def change(sublayer: Sublayer) -> Sublayer:
+        scale = 1.0 if field.endswith("branch_scale") else sublayer.branch_scale
+        return replace(sublayer, input_norm=LayerNorm(), branch_scale=scale)
+
+    return spec.map_sublayers(change)

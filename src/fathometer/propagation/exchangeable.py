@@ -13,8 +13,7 @@ acts forward by moments and backward by the 2 x 2 transfer matrix
 with hats for the slope averages of each norm and ``T_B`` the transfer matrix of the branch.
 
 Sources: forward maps and the MLP transfer, Alekseev, arXiv:2604.11890v3; exact finite-n attention transfer and the
-    score
-path, derived in the documentation.
+score path, derived in the documentation.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ class GramTrajectory:
     attention: dict[str, FloatArray]
     forward_log: FloatArray
     averaging: Closure = field(repr=False)
-    mixing: Mixing | None = field(repr=False)
+    mixing: FixedMixing | None = field(repr=False)
 
     @property
     def n_tokens(self) -> int:
@@ -106,7 +106,7 @@ class GramHalfLayer:
     """One sublayer acting on one Gram matrix, keeping what its backward map needs."""
 
     def __init__(
-        self, sublayer: Sublayer, gram: FloatArray, closure: Closure, visible: Visibility, mixing: Mixing | None
+        self, sublayer: Sublayer, gram: FloatArray, closure: Closure, visible: Visibility, mixing: FixedMixing | None
     ) -> None:
         self.sublayer = sublayer
         self.visible = visible
@@ -171,7 +171,7 @@ class GramHalfLayer:
             out = out + (path.forward(coupling * matrix) if forward else coupling * path.backward(matrix))
         return np.asarray((branch.value * branch.output) ** 2 * out)
 
-    def _attend(self, mixing: Mixing | None) -> FloatArray:
+    def _attend(self, mixing: FixedMixing | None) -> FloatArray:
         branch = self.sublayer.branch
         assert isinstance(branch, SelfAttention)
         normed = self._normed
@@ -184,7 +184,7 @@ class GramHalfLayer:
             coupling = coupling * (branch.query * branch.key) ** 2
         self._scores: tuple[ScorePath, Any] | None = None
         if mixing is not None:
-            self._mixing = mixing
+            self._mixing: Mixing = mixing
         elif isinstance(self._closure, Uniform):
             self._mixing = UniformMixing(self.visible)
         elif isinstance(self._closure, Annealed):
@@ -194,6 +194,8 @@ class GramHalfLayer:
         else:
             raise NotCoveredError(f"the closure {self._closure.name!r} has no Gram form; accepted: uniform, annealed")
         self.statistics = _row_statistics(self.visible, score_gram, coupling, self._closure)
+        if mixing is not None:
+            self.statistics |= mixing.row_statistics(normed.shape[:-1])
         gain = (branch.value * branch.output) ** 2
         return np.asarray(gain * self._mixing.forward(normed) + attention_bias(branch))
 
@@ -322,7 +324,7 @@ def propagate_gram(spec: Transformer, gram: Any, *, closure: Closure, attention:
 class _Builder:
     """Builds sublayers on demand, with the sums over visible keys shared between them."""
 
-    def __init__(self, n_tokens: int, closure: Closure, mixing: Mixing | None) -> None:
+    def __init__(self, n_tokens: int, closure: Closure, mixing: FixedMixing | None) -> None:
         self._closure, self._mixing = closure, mixing
         self._visible = {flag: Visibility(n_tokens, causal=flag) for flag in (False, True)}
 
@@ -345,15 +347,10 @@ def _row_statistics(visible: Visibility, scores: FloatArray, coupling: Any, clos
     key_mean = np.diagonal(visible.key_pairs(scores), axis1=-2, axis2=-1) / n**2
     spread = np.maximum(key_square - key_mean, 0.0)
     variance = coupling * diagonal * spread * n / np.maximum(n - 1, 1)
-    if isinstance(closure, Annealed):
-        y2 = 1 / (1 + (n - 1) * np.exp(-variance))
-        entropy = np.maximum(np.log(n) - (1 - 1 / n) * variance / 2, -np.log(y2))
-    else:
-        y2 = np.broadcast_to(1 / n, variance.shape)
-        entropy = np.broadcast_to(np.log(n), variance.shape)
+    statistics = closure.statistics(n, variance, 0.0 * variance)
     return {
-        "attention_entropy": entropy,
-        "inverse_participation": y2,
+        "attention_entropy": statistics.entropy,
+        "inverse_participation": statistics.y2,
         "logit_variance": variance,
         "visible_keys": np.broadcast_to(n, variance.shape),
     }
