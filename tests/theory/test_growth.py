@@ -111,3 +111,35 @@ def test_branch_scale_and_bounds() -> None:
         solve_field(spec, "alpha", target="J", n_tokens=196, q=0.27, p=0.11)
     with pytest.raises(DomainError, match="bound must be positive"):
         solve_field(spec, "alpha", target="gradient", bound=-1.0, n_tokens=196, q=0.27, p=0.11)
+
+
+@pytest.mark.parametrize("norm", [fm.LayerNorm, fm.RMSNorm])
+def test_a_norm_gain_is_a_scale_of_what_reads_it(norm: type) -> None:
+    _same_constants(norm(gain=2.0), norm())
+
+
+@pytest.mark.parametrize("norm", [fm.DyT, fm.Derf])
+def test_the_gain_of_a_saturating_norm_too(norm: type) -> None:
+    _same_constants(norm(alpha=0.7, gain=2.0), norm(alpha=0.7))
+
+
+def _same_constants(gained: object, plain: object) -> None:
+    def constants(norm: object, scale: float) -> dict[str, float]:
+        scales = fm.Scales(query=0.1, key=0.1, value=scale, output=0.7, mlp_in=scale, mlp_out=0.9)
+        spec = fm.Transformer.uniform(
+            n_layers=1,
+            d_model=64,
+            n_heads=1,
+            norm=norm,
+            activation="gelu",
+            scales=scales,  # type: ignore[arg-type]
+        )
+        return closed_form(spec.blocks[-1], 50)
+
+    assert constants(gained, 1.0) == pytest.approx(constants(plain, 2.0), rel=1e-12)
+    assert constants(gained, 1.0) != pytest.approx(constants(plain, 1.0), rel=1e-2)
+
+
+def test_biases_have_no_closed_form() -> None:
+    spec = _vit(fm.LayerNorm())
+    assert closed_form(fm.with_field(spec, "out_bias", 0.5).blocks[-1]) == {}
