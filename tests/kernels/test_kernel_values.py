@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from scipy.special import erf
 
-from fathometer.kernels import PairKernel, activation_kernel, norm_kernel
+from fathometer.kernels import FixedMomentKernel, PairKernel, activation_kernel, norm_kernel, tabulated
 from fathometer.kernels.closed_forms import ErfKernel, GELUKernel, ReLUKernel
 from fathometer.kernels.logistic import TanhKernel
+from fathometer.kernels.tabulated import TOLERANCE
 from fathometer.spec.norms import Derf, DyT
 
 DIGITS = [
@@ -144,3 +145,30 @@ def test_relu_and_derf_are_exact_at_perfect_correlation() -> None:
         assert float(relu.slope_overlap(q, q, q)) == 0.5
         assert float(relu.overlap(q, q, -q)) == 0.0
     assert float(derf.overlap(0.0, 0.0, 0.0)) == pytest.approx(float(erf(0.3)) ** 2, rel=1e-14)
+
+
+@pytest.mark.parametrize("name", ["tanh", "silu", "gelu_tanh", "erf", "relu"])
+@pytest.mark.parametrize("q", [np.geomspace(0.05, 100.0, 150)[:, None], np.array([[400.0]]), np.array([[0.3], [7.0]])])
+def test_a_table_at_fixed_second_moments_keeps_its_tolerance(name: str, q: np.ndarray) -> None:
+    kernel = activation_kernel(name)
+    table = FixedMomentKernel(kernel, q)
+    rng = np.random.default_rng(0)
+    cosine = np.concatenate([rng.uniform(-1, 1, 60), 1 - np.geomspace(1e-12, 0.1, 20), [-1.0, 0.0, 1.0]])
+    p = q * cosine
+    full = np.broadcast_to(q, p.shape)
+    diagonal = kernel.overlap(q, q, q), kernel.slope_overlap(q, q, q)
+    np.testing.assert_array_less(
+        np.abs(table.overlap(q, q, p) - kernel.overlap(full, full, p)) / diagonal[0], 3 * TOLERANCE
+    )
+    np.testing.assert_array_less(
+        np.abs(table.slope_overlap(q, q, p) - kernel.slope_overlap(full, full, p)) / diagonal[1], 3 * TOLERANCE
+    )
+    np.testing.assert_array_equal(table.overlap(q, q, q), diagonal[0])
+    part = table.part((slice(0, 1), slice(0, 1)))
+    np.testing.assert_allclose(part.overlap(q, q, p[:1]), table.overlap(q, q, p)[:1], rtol=1e-14)
+
+
+def test_a_table_that_is_too_coarse_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tabulated, "_INTERVALS", (4, 8))
+    with pytest.raises(ArithmeticError, match="a table of 8 intervals errs by"):
+        FixedMomentKernel(activation_kernel("tanh"), 40.0)

@@ -246,3 +246,20 @@ def test_a_diverging_stream_is_named_as_growth() -> None:
     )
     with pytest.raises(ModelError, match=r"signal growth: the stream is NaN or infinite at block \d+ of 40"):
         fm.measure(fm.reference_network(spec, seed=0), torch.randn(1, 4, 16), seeds=1)
+
+
+def test_a_key_value_cache_is_switched_off_and_on_again() -> None:
+    """A block run twice would attend to its first run's keys: outputs agree, gradients lose their value path."""
+    import transformers
+
+    config = transformers.GPT2Config(n_layer=3, n_embd=64, n_head=2, vocab_size=50, n_positions=32)
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(config)
+    batch = {"input_ids": torch.randint(50, (2, 32))}
+    assert config.use_cache
+    cached = fm.measure(model, batch, seeds=1)
+    assert config.use_cache
+    config.use_cache = False
+    plain = fm.measure(model, batch, seeds=1)
+    for name in ("apjn_log", "gradient_log", "q"):
+        np.testing.assert_array_equal(cached.curves[name], plain.curves[name])

@@ -314,9 +314,22 @@ def test_every_field_can_be_set_and_scaled(field: str) -> None:
     plain = build(norm=norm)
     spec = with_field(plain if field in ("in_bias", "out_bias") else gated, field, 0.25)
     doubled = scaled_field(spec, field, 2.0)
-    assert json.dumps(to_dict(doubled)).count(f'"{field}": 0.5') >= 1
+    written = "branch_scale" if field == "residual_strength" else field
+    assert json.dumps(to_dict(doubled)).count(f'"{written}": 0.5') >= 1
     assert doubled == with_field(spec, field, 0.5)
     assert spec != doubled
+
+
+def test_residual_strength_preserves_norms() -> None:
+    spec = with_field(build(), "residual_strength", np.array([0.0, 0.6, 1.0]))
+    for sublayer in spec.blocks[0].sublayers:
+        np.testing.assert_allclose(sublayer.skip_scale, [1.0, 0.8, 0.0], atol=1e-15)
+        np.testing.assert_array_equal(sublayer.branch_scale, [0.0, 0.6, 1.0])
+    for bad in (-0.1, 1.0001, np.array([0.5, np.nan])):
+        with pytest.raises(SpecError, match=r"residual_strength must lie in \[0, 1\]"):
+            with_field(build(), "residual_strength", bad)
+    with pytest.raises(SpecError, match="belongs to skip_scale"):
+        scaled_field(build(), "residual_strength", 0.5)  # plain sums have none to scale
 
 
 def test_a_scope_restricts_a_field() -> None:

@@ -153,7 +153,9 @@ def judge(setting: Setting) -> FloatArray:
 def swap_moments(patch: pytest.MonkeyPatch) -> None:
     """Exchange q and p of the tokens that attention averages."""
     right = exchangeable.AttentionMap.forward
-    patch.setattr(exchangeable.AttentionMap, "forward", lambda self, x: right(self, exchangeable.Moments(x.p, x.q)))
+    patch.setattr(
+        exchangeable.AttentionMap, "forward", lambda self, x, known: right(self, exchangeable.Moments(x.p, x.q), known)
+    )
 
 
 def lose_half(patch: pytest.MonkeyPatch) -> None:
@@ -177,8 +179,8 @@ def square_mlp_scale(patch: pytest.MonkeyPatch) -> None:
     """Use a variance where the scale of the output matrix belongs."""
     right = exchangeable.MLPMap.forward
 
-    def wrong(self: exchangeable.MLPMap, x: exchangeable.Moments) -> exchangeable.Moments:
-        out = right(self, x)
+    def wrong(self: exchangeable.MLPMap, x: exchangeable.Moments, z: exchangeable.Moments) -> exchangeable.Moments:
+        out = right(self, x, z)
         return exchangeable.Moments(out.q * self.branch.mlp_out**2, out.p * self.branch.mlp_out**2)
 
     patch.setattr(exchangeable.MLPMap, "forward", wrong)
@@ -190,7 +192,7 @@ def lose_gate_gradient(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         exchangeable.GatedMLPMap,
         "transfer",
-        lambda self, x: [[entry / 2 for entry in row] for row in right(self, x)],
+        lambda self, x, z: [[entry / 2 for entry in row] for row in right(self, x, z)],
     )
 
 
@@ -221,8 +223,8 @@ def close_score_path(patch: pytest.MonkeyPatch) -> None:
     """Let no gradient through the scores."""
     right = Annealed.statistics
 
-    def wrong(self: Annealed, *arguments: Any) -> closure.AttentionStatistics:
-        found = right(self, *arguments)
+    def wrong(self: Annealed, *arguments: Any, **options: Any) -> closure.AttentionStatistics:
+        found = right(self, *arguments, **options)
         return found._replace(score=0 * found.score, score_pair=0 * found.score_pair)
 
     patch.setattr(Annealed, "statistics", wrong)

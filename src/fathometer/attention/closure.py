@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from scipy.special import expit
 
 from fathometer.errors import SpecError, nearest
 
@@ -28,7 +27,7 @@ class AttentionStatistics(NamedTuple):
         y12: ``E sum_b A_ab A_cb`` for two different rows.
         score: ``E[Y2 - 2 Y3 + Y2^2]``, the weight of the gradient through the scores.
         score_pair: The same for two different rows.
-        entropy: Mean entropy of a row, nats.
+        entropy: Mean entropy of a row, nats; ``None`` where it was not asked for.
     """
 
     y2: Any
@@ -55,8 +54,13 @@ class Closure(Protocol):
         """The name written into results."""
         ...
 
-    def statistics(self, n_tokens: Any, variance: Any, correlation: Any) -> AttentionStatistics:
-        """Return the averages for ``n_tokens`` keys at score variance and row correlation (broadcast arrays)."""
+    def statistics(
+        self, n_tokens: Any, variance: Any, correlation: Any, *, entropy: bool = True
+    ) -> AttentionStatistics:
+        """Return the averages for ``n_tokens`` keys at score variance and row correlation (broadcast arrays).
+
+        Without ``entropy``, which no recursion needs, that entry is ``None``.
+        """
         ...
 
     def value_path(self, n_tokens: int, statistics: AttentionStatistics) -> ValuePath:
@@ -88,11 +92,15 @@ class Uniform:
 
     name: str = "uniform"
 
-    def statistics(self, n_tokens: Any, variance: Any, correlation: Any) -> AttentionStatistics:
+    def statistics(
+        self, n_tokens: Any, variance: Any, correlation: Any, *, entropy: bool = True
+    ) -> AttentionStatistics:
         """See :class:`Closure`."""
         level = 0.0 * variance + 1 / n_tokens
         zero = 0.0 * variance
-        return AttentionStatistics(y2=level, y12=level, score=zero, score_pair=zero, entropy=zero + np.log(n_tokens))
+        return AttentionStatistics(
+            y2=level, y12=level, score=zero, score_pair=zero, entropy=zero + np.log(n_tokens) if entropy else None
+        )
 
     def value_path(self, n_tokens: int, statistics: AttentionStatistics) -> ValuePath:
         """See :class:`Closure`."""
@@ -113,10 +121,14 @@ class UniformLargeN:
 
     name: str = "uniform_large_n"
 
-    def statistics(self, n_tokens: Any, variance: Any, correlation: Any) -> AttentionStatistics:
+    def statistics(
+        self, n_tokens: Any, variance: Any, correlation: Any, *, entropy: bool = True
+    ) -> AttentionStatistics:
         """See :class:`Closure`."""
         zero = 0.0 * variance
-        return AttentionStatistics(y2=zero, y12=zero, score=zero, score_pair=zero, entropy=zero + np.log(n_tokens))
+        return AttentionStatistics(
+            y2=zero, y12=zero, score=zero, score_pair=zero, entropy=zero + np.log(n_tokens) if entropy else None
+        )
 
     def value_path(self, n_tokens: int, statistics: AttentionStatistics) -> ValuePath:
         """See :class:`Closure`."""
@@ -151,19 +163,20 @@ class Annealed:
     score_path: bool = True
     name: str = "annealed"
 
-    def statistics(self, n_tokens: Any, variance: Any, correlation: Any) -> AttentionStatistics:
+    def statistics(
+        self, n_tokens: Any, variance: Any, correlation: Any, *, entropy: bool = True
+    ) -> AttentionStatistics:
         """See :class:`Closure`."""
-        shift = np.log(np.maximum(n_tokens - 1, 1e-300))  # a single key has all the weight
-        y2 = expit(variance - shift)
-        y12 = expit(variance * correlation - shift)
-        on = 1.0 if self.score_path else 0.0
-        return AttentionStatistics(
-            y2=y2,
-            y12=y12,
-            score=on * y2 * (1 - y2),
-            score_pair=on * y12 * (1 - y12),
-            entropy=np.maximum(np.log(n_tokens) - (1 - 1 / n_tokens) * variance / 2, -np.log(y2)),
-        )
+        others = np.maximum(n_tokens - 1, 1e-300)  # a single key has all the weight
+        with np.errstate(over="ignore"):
+            y2 = 1 / (1 + others * np.exp(-variance))
+            y12 = 1 / (1 + others * np.exp(-variance * correlation))
+        mean = None
+        if entropy:
+            mean = np.maximum(np.log(n_tokens) - (1 - 1 / n_tokens) * variance / 2, -np.log(y2))
+        if not self.score_path:
+            return AttentionStatistics(y2=y2, y12=y12, score=0.0, score_pair=0.0, entropy=mean)
+        return AttentionStatistics(y2=y2, y12=y12, score=y2 * (1 - y2), score_pair=y12 * (1 - y12), entropy=mean)
 
     def value_path(self, n_tokens: int, statistics: AttentionStatistics) -> ValuePath:
         """See :class:`Closure`."""

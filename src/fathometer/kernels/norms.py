@@ -32,6 +32,11 @@ class ProjectionKernel:
 
     gain: Scale = 1.0
 
+    @property
+    def second_moment(self) -> Scale:
+        """What every token's second moment becomes."""
+        return self.gain * self.gain
+
     def overlap(self, q_a: Moment, q_b: Moment, p: Moment) -> FloatArray:
         """Return the cosine times ``gain^2``."""
         value: FloatArray = p / _root(q_a, q_b) * (self.gain * self.gain)
@@ -39,7 +44,8 @@ class ProjectionKernel:
 
     def slope_overlap(self, q_a: Moment, q_b: Moment, p: Moment) -> FloatArray:
         """Return ``gain^2 / sqrt(q_a q_b)``."""
-        return self.gain * self.gain / _root(q_a, q_b) + 0.0 * p
+        value: FloatArray = self.gain * self.gain / _root(q_a, q_b)
+        return np.asarray(value) if np.shape(p) == np.shape(value) and not isinstance(p, float) else value + 0.0 * p
 
     def mean(self, q: Moment) -> FloatArray:
         """Return zero."""
@@ -50,6 +56,8 @@ def _root(q_a: Moment, q_b: Moment) -> FloatArray:
     for q in (q_a, q_b):
         if not (q > 0.0 if isinstance(q, float) else np.all(np.greater(q, 0.0))):
             _refuse(np.asarray(q, dtype=np.float64))
+    if q_a is q_b:
+        return q_a  # type: ignore[return-value]
     root: FloatArray = np.sqrt(q_a * q_b)
     return root
 

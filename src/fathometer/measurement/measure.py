@@ -40,6 +40,7 @@ class Measurement:
         stack: The measured blocks.
         reading: The spec and weight roles, or ``None`` where the theory has no map; then ``not_covered`` says why.
         not_covered: Reason, or ``None``.
+        slices: Every weight that a redraw replaces.
         duplicates: Groups of layers whose weights are copies of each other.
         other_stacks: Labels of further runs of blocks in the model.
         notes: Remarks for the report.
@@ -52,6 +53,7 @@ class Measurement:
     stack: Stack
     reading: ModelReading | None
     not_covered: str | None
+    slices: tuple[WeightSlice, ...]
     duplicates: tuple[tuple[int, ...], ...]
     other_stacks: tuple[str, ...]
     notes: tuple[str, ...]
@@ -177,6 +179,7 @@ def observe(
         stack=stack,
         reading=reading,
         not_covered=reason,
+        slices=tuple(slices),
         duplicates=duplicates,
         other_stacks=tuple(s.label for s in stacks[1:]),
         notes=tuple(dict.fromkeys([*(note for s in soundings for note in s.notes), *_own_notes(soundings)])),

@@ -170,7 +170,7 @@ def sound(
         progress(len(stack))
     last = calls[-1].output
     assert last is not None
-    layout = _layout(stack.blocks[0], calls[0])
+    layout = first_layout(stack.blocks[0], calls[0])
     moments = np.array([token_moments(layout.arranged(x)) for x in (*(call.stream for call in calls), last)])
     _check_finite(moments[:, 0])
     curves: dict[str, FloatArray] = {"q": moments[:, 0], "p": moments[:, 1], "cosine": moments[:, 1] / moments[:, 0]}
@@ -198,7 +198,7 @@ def sound(
         rows.append(_attention_rows(trace))
         added.append(_added_squares(trace, None if added_scales is None else added_scales[layer]))
         del trace
-        for i, gradient in enumerate(_pull_back(stack.names[layer], out, leaf, cotangents)):
+        for i, gradient in enumerate(pull_back(stack.names[layer], out, leaf, cotangents)):
             level, overlap = token_moments(layout.arranged(gradient))
             if not math.isfinite(level) or level <= 0:
                 raise ModelError(
@@ -225,7 +225,8 @@ def sound(
     return Sounding(curves=curves, first_stream=layout.arranged(calls[0].stream), notes=notes)
 
 
-def _layout(block: nn.Module, call: BlockCall) -> Layout:
+def first_layout(block: nn.Module, call: BlockCall) -> Layout:
+    """Return how the stream of a recorded call is laid out."""
     with torch.no_grad(), tracing(block) as trace:
         call.run(block, call.stream.clone())
     return layout_of(block, call.stream, trace)
@@ -240,7 +241,8 @@ def _cotangents(output: Tensor, layout: Layout, seed: int, draws: int, pooled: b
     return out
 
 
-def _pull_back(name: str, out: Tensor, leaf: Tensor, cotangents: list[Tensor]) -> list[Tensor]:
+def pull_back(name: str, out: Tensor, leaf: Tensor, cotangents: list[Tensor]) -> list[Tensor]:
+    """Return the gradients at ``leaf`` of every cotangent at ``out``; ``name`` is for the error."""
     last = len(cotangents) - 1
     try:
         return [torch.autograd.grad(out, leaf, c, retain_graph=i < last)[0] for i, c in enumerate(cotangents)]

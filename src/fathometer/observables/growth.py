@@ -172,14 +172,19 @@ def closed_form(block: Block, n_tokens: int | None = None) -> dict[str, float]:
 
 def _critical(block: Block) -> dict[str, float]:
     cosine = _limit_cosine(block, lambda c: c)
-    level, _ = _added(block, cosine, cosine)
-    token, coherent = _slopes(block, cosine)
+    level, token, coherent = rates(block, cosine)
     return {
         "zeta": token / level,
         "zeta_coherent": coherent / level,
         "velocity": level,
         "cosine": cosine,
     }
+
+
+def rates(block: Block, cosine: float) -> tuple[float, float, float]:
+    """Return per block, for many tokens of a cosine under LayerNorm: growth of q, token and coherent slope times q."""
+    level, _ = _added(block, cosine, cosine)
+    return (level, *_slopes(block, cosine))
 
 
 def _subcritical(block: Block, n_tokens: int | None) -> dict[str, float]:

@@ -1,15 +1,21 @@
 """The Markov chain over layers, on two numbers or on the full Gram matrix."""
 
-from fathometer.propagation.exchangeable import check_moments, propagate
+from fathometer.propagation.ends import Ends, propagate_ends
+from fathometer.propagation.exchangeable import BlockMap, Moments, check_moments, check_tokens, propagate
 from fathometer.propagation.gram import GramTrajectory, check_attention, check_gram, propagate_gram
 from fathometer.propagation.trajectory import Trajectory
 
 __all__ = [
+    "BlockMap",
+    "Ends",
     "GramTrajectory",
+    "Moments",
     "Trajectory",
     "check_attention",
     "check_gram",
     "check_moments",
+    "check_tokens",
     "propagate",
+    "propagate_ends",
     "propagate_gram",
 ]

@@ -26,9 +26,9 @@ import numpy as np
 
 from fathometer.attention import AttentionStatistics, Closure
 from fathometer.errors import DomainError
-from fathometer.kernels import activation_kernel, norm_kernel
+from fathometer.kernels import FixedMomentKernel, PairKernel, ProjectionKernel, activation_kernel, norm_kernel
 from fathometer.propagation.trajectory import Trajectory
-from fathometer.spec import MLP, GatedMLP, SelfAttention, Sublayer, Transformer
+from fathometer.spec import MLP, Block, GatedMLP, LayerNorm, RMSNorm, SelfAttention, Sublayer, Transformer
 
 
 class Moments(NamedTuple):
@@ -39,12 +39,24 @@ class Moments(NamedTuple):
 
 
 class Record(NamedTuple):
-    """What the transfer matrix of one sublayer needs from its forward pass."""
+    """What the transfer matrix of one sublayer needs from its forward pass.
+
+    ``known`` is what the branch computed there for itself, ``None`` where it is to be computed again.
+    """
 
     stream: Moments
     normed: Moments
     branch: Moments
     residual: Moments
+    known: Any = None
+
+
+class Attending(NamedTuple):
+    """What attention knows of normed tokens: its averages, the score variance and the coupling sigma_QK^2."""
+
+    statistics: AttentionStatistics
+    variance: Any
+    coupling: Any
 
 
 @dataclass(frozen=True)
@@ -55,27 +67,31 @@ class AttentionMap:
     n_tokens: int
     closure: Closure
 
-    def statistics(self, x: Moments) -> tuple[AttentionStatistics, Any, Any]:
-        """Return the attention averages, the score variance and the effective coupling sigma_QK^2."""
+    def inspect(self, x: Moments, *, entropy: bool = False) -> Attending:
+        """Return what the maps below need of the normed tokens."""
         coupling = effective_coupling(self.branch, x.q)
         variance = coupling * x.q * (x.q - x.p)
-        return self.closure.statistics(self.n_tokens, variance, x.p / x.q), variance, coupling
+        return Attending(
+            self.closure.statistics(self.n_tokens, variance, x.p / x.q, entropy=entropy), variance, coupling
+        )
 
-    def forward(self, x: Moments) -> Moments:
+    def forward(self, x: Moments, known: Attending) -> Moments:
         """Map the moments of the normed tokens to those of the branch output."""
         b = self.branch
-        statistics, _, _ = self.statistics(x)
         spread = x.q - x.p
         gain, bias = (b.value * b.output) ** 2, attention_bias(b)
-        return Moments(gain * (x.p + spread * statistics.y2) + bias, gain * (x.p + spread * statistics.y12) + bias)
+        y2, y12 = known.statistics.y2, known.statistics.y12
+        return Moments(gain * (x.p + spread * y2) + bias, gain * (x.p + spread * y12) + bias)
 
-    def transfer(self, x: Moments) -> list[list[Any]]:
+    def transfer(self, x: Moments, known: Attending) -> list[list[Any]]:
         """Return the 2 x 2 transfer matrix from gradients at the branch output to gradients at the normed tokens."""
-        statistics, _, coupling = self.statistics(x)
+        statistics = known.statistics
         gain = (self.branch.value * self.branch.output) ** 2
         path = self.closure.value_path(self.n_tokens, statistics)
+        if isinstance(statistics.score, float) and statistics.score == 0.0:
+            return [[gain * path.jj, gain * path.jk], [gain * path.kj, gain * path.kk]]
         others = self.n_tokens - 1
-        score = coupling * (x.q - x.p)
+        score = known.coupling * (x.q - x.p)
         s, sc = score * statistics.score, score * statistics.score_pair
         back = x.q * s / others if others else 0.0 * s
         return [
@@ -89,28 +105,27 @@ class MLPMap:
     """An MLP acting on moments."""
 
     branch: MLP
+    kernel: PairKernel
 
-    def forward(self, x: Moments) -> Moments:
-        """Map the moments of the normed tokens to those of the branch output."""
-        b, f = self.branch, activation_kernel(self.branch.activation)
-        z = self._preactivation(x)
-        out, bias = b.mlp_out**2, b.out_bias**2
-        return Moments(out * f.overlap(z.q, z.q, z.q) + bias, out * f.overlap(z.q, z.q, z.p) + bias)
-
-    def transfer(self, x: Moments) -> list[list[Any]]:
-        """Return the (diagonal) transfer matrix."""
-        b, f = self.branch, activation_kernel(self.branch.activation)
-        z = self._preactivation(x)
-        scale = (b.mlp_in * b.mlp_out) ** 2
-        zero = 0.0 * x.q
-        return [
-            [scale * f.slope_overlap(z.q, z.q, z.q), zero],
-            [zero, scale * f.slope_overlap(z.q, z.q, z.p)],
-        ]
-
-    def _preactivation(self, x: Moments) -> Moments:
+    def inspect(self, x: Moments) -> Moments:
+        """Return the moments of the pre-activation."""
         scale, bias = self.branch.mlp_in**2, self.branch.in_bias**2
         return Moments(scale * x.q + bias, scale * x.p + bias)
+
+    def forward(self, x: Moments, z: Moments) -> Moments:
+        """Map the moments of the normed tokens to those of the branch output."""
+        out, bias = self.branch.mlp_out**2, self.branch.out_bias**2
+        f = self.kernel
+        return Moments(out * f.overlap(z.q, z.q, z.q) + bias, out * f.overlap(z.q, z.q, z.p) + bias)
+
+    def transfer(self, x: Moments, z: Moments) -> list[list[Any]]:
+        """Return the (diagonal) transfer matrix."""
+        f = self.kernel
+        scale = (self.branch.mlp_in * self.branch.mlp_out) ** 2
+        return [
+            [scale * f.slope_overlap(z.q, z.q, z.q), 0.0],
+            [0.0, scale * f.slope_overlap(z.q, z.q, z.p)],
+        ]
 
 
 @dataclass(frozen=True)
@@ -118,24 +133,26 @@ class GatedMLPMap:
     """A gated MLP acting on moments."""
 
     branch: GatedMLP
+    kernel: PairKernel
 
-    def forward(self, x: Moments) -> Moments:
+    def inspect(self, x: Moments) -> Moments:
+        """Return the moments of the gate's pre-activation."""
+        gate = self.branch.gate**2
+        return Moments(gate * x.q, gate * x.p)
+
+    def forward(self, x: Moments, z: Moments) -> Moments:
         """Map the moments of the normed tokens to those of the branch output."""
-        b, f = self.branch, activation_kernel(self.branch.activation)
-        zq, zp = b.gate**2 * x.q, b.gate**2 * x.p
-        scale = (b.mlp_in * b.mlp_out) ** 2
-        return Moments(scale * f.overlap(zq, zq, zq) * x.q, scale * f.overlap(zq, zq, zp) * x.p)
+        f = self.kernel
+        scale = (self.branch.mlp_in * self.branch.mlp_out) ** 2
+        return Moments(scale * f.overlap(z.q, z.q, z.q) * x.q, scale * f.overlap(z.q, z.q, z.p) * x.p)
 
-    def transfer(self, x: Moments) -> list[list[Any]]:
+    def transfer(self, x: Moments, z: Moments) -> list[list[Any]]:
         """Return the (diagonal) transfer matrix."""
-        b, f = self.branch, activation_kernel(self.branch.activation)
-        gate = b.gate**2
-        zq, zp = gate * x.q, gate * x.p
-        scale = (b.mlp_in * b.mlp_out) ** 2
-        zero = 0.0 * x.q
+        f, gate = self.kernel, self.branch.gate**2
+        scale = (self.branch.mlp_in * self.branch.mlp_out) ** 2
         return [
-            [scale * (gate * f.slope_overlap(zq, zq, zq) * x.q + f.overlap(zq, zq, zq)), zero],
-            [zero, scale * (gate * f.slope_overlap(zq, zq, zp) * x.p + f.overlap(zq, zq, zp))],
+            [scale * (gate * f.slope_overlap(z.q, z.q, z.q) * x.q + f.overlap(z.q, z.q, z.q)), 0.0],
+            [0.0, scale * (gate * f.slope_overlap(z.q, z.q, z.p) * x.p + f.overlap(z.q, z.q, z.p))],
         ]
 
 
@@ -156,18 +173,25 @@ def attention_bias(branch: SelfAttention) -> Any:
 
 
 class HalfLayer:
-    """One sublayer as a map on moments, and its transfer matrix."""
+    """One sublayer as a map on moments, and its transfer matrix.
 
-    def __init__(self, sublayer: Sublayer, n_tokens: int, closure: Closure) -> None:
+    Args:
+        sublayer: What it describes.
+        n_tokens, closure: Number of tokens, and how the softmax is averaged.
+        activation: The kernel of an MLP's activation, by default that of its name.
+    """
+
+    def __init__(
+        self, sublayer: Sublayer, n_tokens: int, closure: Closure, *, activation: PairKernel | None = None
+    ) -> None:
         self.sublayer = sublayer
         branch = sublayer.branch
         self.map: AttentionMap | MLPMap | GatedMLPMap
         if isinstance(branch, SelfAttention):
             self.map = AttentionMap(branch, n_tokens, closure)
-        elif isinstance(branch, MLP):
-            self.map = MLPMap(branch)
         else:
-            self.map = GatedMLPMap(branch)
+            kernel = activation_kernel(branch.activation) if activation is None else activation
+            self.map = MLPMap(branch, kernel) if isinstance(branch, MLP) else GatedMLPMap(branch, kernel)
         self._norms = [
             None if norm is None else norm_kernel(norm)
             for norm in (sublayer.input_norm, sublayer.output_norm, sublayer.stream_norm)
@@ -177,32 +201,40 @@ class HalfLayer:
         """Return the new stream, what the branch added to it, and the record for :meth:`transfer`."""
         skip, weight = self.sublayer.skip_scale**2, self.sublayer.branch_scale**2
         normed = self._normalise(0, stream)
-        branch = self.map.forward(normed)
+        known: Any = self.map.inspect(normed)
+        branch = self.map.forward(normed, known)
         out = self._normalise(1, branch)
         added = Moments(weight * out.q, weight * out.p)
         residual = Moments(skip * stream.q + added.q, skip * stream.p + added.p)
-        return self._normalise(2, residual), added, Record(stream, normed, branch, residual)
+        return self._normalise(2, residual), added, Record(stream, normed, branch, residual, known)
 
     def transfer(self, record: Record) -> Any:
         """Return the transfer matrices of a stack of records, shape ``(2, 2, *stack)``."""
+        (jj, jk), (kj, kk) = self.entries(record)
+        stacked = np.stack(np.broadcast_arrays(jj, jk, kj, kk))
+        return stacked.reshape((2, 2, *stacked.shape[1:]))
+
+    def entries(self, record: Record) -> list[list[Any]]:
+        """Return the entries of the transfer matrix; zeros stay plain numbers."""
         skip, weight = self.sublayer.skip_scale**2, self.sublayer.branch_scale**2
         rows = self._slopes(0, record.stream)
         columns = self._slopes(1, record.branch)
         after = self._slopes(2, record.residual)
-        matrix = self.map.transfer(record.normed)
-        entries = [
-            (skip * (i == j) + weight * rows[i] * matrix[i][j] * columns[j]) * after[j]
+        known: Any = self.map.inspect(record.normed) if record.known is None else record.known
+        matrix = self.map.transfer(record.normed, known)
+        return [
+            [(skip * (i == j) + weight * rows[i] * matrix[i][j] * columns[j]) * after[j] for j in range(2)]
             for i in range(2)
-            for j in range(2)
         ]
-        stacked = np.stack(np.broadcast_arrays(*entries))
-        return stacked.reshape((2, 2, *stacked.shape[1:]))
 
     def _normalise(self, slot: int, x: Moments) -> Moments:
         kernel = self._norms[slot]
         if kernel is None:
             return x
-        return Moments(kernel.overlap(x.q, x.q, x.q), kernel.overlap(x.q, x.q, x.p))
+        p = kernel.overlap(x.q, x.q, x.p)
+        if isinstance(kernel, ProjectionKernel):  # one number, also on a grid
+            return Moments(kernel.second_moment, p)
+        return Moments(kernel.overlap(x.q, x.q, x.q), p)
 
     def _slopes(self, slot: int, x: Moments) -> tuple[Any, Any]:
         kernel = self._norms[slot]
@@ -211,14 +243,66 @@ class HalfLayer:
         return kernel.slope_overlap(x.q, x.q, x.q), kernel.slope_overlap(x.q, x.q, x.p)
 
 
+def fixed_activation(sublayer: Sublayer) -> FixedMomentKernel | None:
+    """Return the tabulated kernel of an activation whose second moment the norm in front of it fixes, else ``None``."""
+    branch, norm = sublayer.branch, sublayer.input_norm
+    if not isinstance(norm, (LayerNorm, RMSNorm)) or not isinstance(branch, (MLP, GatedMLP)):
+        return None
+    if isinstance(branch, MLP):
+        q = branch.mlp_in**2 * norm.gain**2 + branch.in_bias**2
+    else:
+        q = branch.gate**2 * norm.gain**2
+    try:
+        return FixedMomentKernel(activation_kernel(branch.activation), q)
+    except ArithmeticError:  # too sharp for the finest table: evaluated directly
+        return None
+
+
+class BlockMap:
+    """One block as a map on moments, with its transfer matrix: the sublayers composed.
+
+    Args:
+        block: What it describes.
+        n_tokens, closure: Number of tokens, and how the softmax is averaged.
+        tabulate: Whether activations behind LayerNorm are tabulated, which pays for large grids.
+    """
+
+    def __init__(self, block: Block, n_tokens: int, closure: Closure, *, tabulate: bool = False) -> None:
+        self.steps = [
+            HalfLayer(sublayer, n_tokens, closure, activation=fixed_activation(sublayer) if tabulate else None)
+            for sublayer in block.sublayers
+        ]
+        self.n_others = closure.others(n_tokens)
+
+    def forward(self, stream: Moments) -> Moments:
+        """Return the stream after the block."""
+        for step in self.steps:
+            stream, _, _ = step.forward(stream)
+        return stream
+
+    def transfer(self, stream: Moments) -> Any:
+        """Return the matrix that carries (J, K) back through the block, shape ``(2, 2, *batch)``."""
+        product: Any = None
+        for step in self.steps:
+            stream, _, record = step.forward(stream)
+            matrix = step.transfer(record)
+            product = matrix if product is None else np.einsum("ij...,jk...->ik...", product, matrix)
+        return product
+
+
+def check_tokens(n_tokens: int) -> None:
+    """Refuse what is no number of tokens."""
+    if isinstance(n_tokens, bool) or not isinstance(n_tokens, (int, np.integer)) or n_tokens < 1:
+        raise DomainError(f"n_tokens must be an integer >= 1; got {n_tokens!r}", value=n_tokens)
+
+
 def check_moments(n_tokens: int, q: Any, p: Any) -> Moments:
     """Validate initial moments and return them as float64 scalars or arrays.
 
     Raises:
         DomainError: unless q > 0 and -q/(n-1) <= p <= q; carries the first offending value and index.
     """
-    if isinstance(n_tokens, bool) or not isinstance(n_tokens, (int, np.integer)) or n_tokens < 1:
-        raise DomainError(f"n_tokens must be an integer >= 1; got {n_tokens!r}", value=n_tokens)
+    check_tokens(n_tokens)
     q_array, p_array = np.broadcast_arrays(np.asarray(q, dtype=np.float64), np.asarray(p, dtype=np.float64))
     low = -q_array / (n_tokens - 1) if n_tokens > 1 else -q_array
     slack = 1e-12 * np.abs(q_array)
@@ -316,7 +400,7 @@ def block_borders(spec: Transformer) -> Any:
 
 
 def _collect(attention: dict[str, Any], step: AttentionMap, stack: Record, index: Any, shape: tuple[int, ...]) -> None:
-    statistics, variance, _ = step.statistics(stack.normed)
+    statistics, variance, _ = step.inspect(stack.normed, entropy=True)
     full = (len(index), *shape)
     attention.setdefault("index", []).append(index)
     attention.setdefault("attention_entropy", []).append(np.broadcast_to(statistics.entropy, full))
@@ -337,6 +421,6 @@ def _stack_records(records: Sequence[Record], shape: tuple[int, ...]) -> Record:
                 _stack([getattr(r, name).q for r in records], shape),
                 _stack([getattr(r, name).p for r in records], shape),
             )
-            for name in Record._fields
+            for name in ("stream", "normed", "branch", "residual")
         )
     )

@@ -1,5 +1,6 @@
 """Transformers as data."""
 
+from fathometer.spec.batch import batch_shape, cut_aligned, sliced
 from fathometer.spec.branches import ACTIVATIONS, MLP, Activation, Branch, GatedMLP, SelfAttention
 from fathometer.spec.fields import FIELDS, scaled_field, with_field
 from fathometer.spec.files import dumps_json, dumps_toml, from_dict, load, to_dict
@@ -29,12 +30,15 @@ __all__ = [
     "SelfAttention",
     "Sublayer",
     "Transformer",
+    "batch_shape",
+    "cut_aligned",
     "dumps_json",
     "dumps_toml",
     "from_dict",
     "load",
     "preset",
     "scaled_field",
+    "sliced",
     "to_dict",
     "with_field",
 ]

@@ -21,7 +21,7 @@ BRANCH_FIELDS = (
     "out_bias",
 )
 NORM_FIELDS = ("alpha", "shift", "gain")
-RESIDUAL_FIELDS = ("skip_scale", "branch_scale")
+RESIDUAL_FIELDS = ("skip_scale", "branch_scale", "residual_strength")
 FIELDS = (*BRANCH_FIELDS, *NORM_FIELDS, *RESIDUAL_FIELDS)
 
 
@@ -31,17 +31,18 @@ def with_field(spec: Transformer, name: str, value: Any) -> Transformer:
     Args:
         spec: The transformer.
         name: A field such as ``"mlp_in"``, ``"alpha"`` or ``"branch_scale"``; the prefixes ``"attention."`` and
-            ``"mlp."`` restrict it to one kind of sublayer, as in ``"mlp.branch_scale"``.
+            ``"mlp."`` restrict it to one kind of sublayer, as in ``"mlp.branch_scale"``. ``"residual_strength"`` sets
+            both residual factors, see :meth:`Sublayer.with_residual_strength`.
         value: A number, or an array to make the spec a grid.
     Raises:
         SpecError: if no such field exists (the nearest one is suggested) or the spec has it nowhere.
     """
-    return _change(spec, name, lambda _: value)
+    return _change(spec, name, lambda owner, field: value)
 
 
 def scaled_field(spec: Transformer, name: str, factor: Any) -> Transformer:
     """Return ``spec`` with the number ``name`` multiplied by ``factor`` wherever it occurs."""
-    return _change(spec, name, lambda old: old * factor)
+    return _change(spec, name, lambda owner, field: getattr(owner, field) * factor)
 
 
 def _change(spec: Transformer, name: str, new: Any) -> Transformer:
@@ -54,11 +55,15 @@ def _change(spec: Transformer, name: str, new: Any) -> Transformer:
     def update(owner: Any) -> Any:
         nonlocal touched
         touched += 1
-        return dataclasses.replace(owner, **{field: new(getattr(owner, field))})
+        return dataclasses.replace(owner, **{field: new(owner, field)})
 
     def change(sublayer: Sublayer) -> Sublayer:
+        nonlocal touched
         if scope and (scope == "attention") != sublayer.is_attention:
             return sublayer
+        if field == "residual_strength":
+            touched += 1
+            return sublayer.with_residual_strength(new(sublayer, field))
         if field in RESIDUAL_FIELDS:
             return update(sublayer)  # type: ignore[no-any-return]
         if field in NORM_FIELDS:

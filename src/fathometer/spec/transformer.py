@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from fathometer.errors import SpecError
-from fathometer.spec.arrays import Scale, checked, checked_count
+from fathometer.spec.arrays import Scale, checked, checked_count, first_bad
 from fathometer.spec.branches import MLP, Activation, Branch, GatedMLP, SelfAttention
 from fathometer.spec.norms import Norm
 
@@ -55,6 +55,37 @@ class Sublayer:
     def sandwich(cls, branch: Branch, norm: Norm | None) -> Sublayer:
         """Return ``x + N(B(N(x)))``."""
         return cls(branch=branch, input_norm=norm, output_norm=norm)
+
+    def with_residual_strength(self, strength: Scale) -> Sublayer:
+        r"""Return the sublayer with residual factors that preserve the norm of unit tokens.
+
+        .. math:: \mu = \sqrt{1 - \alpha^2}, \qquad \tau = \alpha
+
+        Args:
+            strength: alpha in ``[0, 1]``, a number or an array.
+        Raises:
+            SpecError: outside that range.
+        """
+        alpha = np.asarray(strength, dtype=np.float64)
+        bad = ~((alpha >= 0) & (alpha <= 1))
+        if np.any(bad):
+            raise SpecError(f"residual_strength must lie in [0, 1]; got {first_bad(alpha, bad)}")
+        return replace(self, skip_scale=np.sqrt((1 - alpha) * (1 + alpha)), branch_scale=alpha)
+
+    @property
+    def residual_strength(self) -> Scale:
+        """The alpha of norm-preserving residual factors.
+
+        Raises:
+            SpecError: if ``skip_scale^2 + branch_scale^2`` is not one.
+        """
+        total = np.asarray(self.skip_scale) ** 2 + np.asarray(self.branch_scale) ** 2
+        if not np.allclose(total, 1.0, rtol=0, atol=1e-9):
+            raise SpecError(
+                "residual_strength belongs to skip_scale^2 + branch_scale^2 = 1; here the sum is "
+                f"{first_bad(total, abs(total - 1) > 1e-9)}"
+            )
+        return self.branch_scale
 
     @property
     def is_attention(self) -> bool:

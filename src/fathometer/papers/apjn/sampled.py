@@ -29,7 +29,9 @@ class Sampled:
     seed: int = 0
     name: str = "sampled"
 
-    def statistics(self, n_tokens: int, variance: Any, correlation: Any) -> AttentionStatistics:
+    def statistics(
+        self, n_tokens: int, variance: Any, correlation: Any, *, entropy: bool = True
+    ) -> AttentionStatistics:
         """See :class:`fathometer.attention.Closure`."""
         generator = np.random.default_rng(self.seed)
         first, other = generator.standard_normal((2, self.draws, n_tokens))
