@@ -16,7 +16,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "fathometer"
 FREE = {"errors", "_version"}
 THEORY = ("spec", "results", "kernels", "attention", "propagation", "observables", "prescription")
 INSIDE = (*THEORY, "models", "measurement", "application", "training", "diagnosis")
-OUTSIDE = ("diagram", "sweep", "plotting", "report", "explorer", "cli", "papers", "testing")
+OUTSIDE = ("diagrams", "sweep", "plotting", "report", "explorer", "cli", "papers", "testing")
 
 # Room -> the other rooms it may import, besides FREE.
 ALLOWED: dict[str, set[str]] = {

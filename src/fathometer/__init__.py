@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 from fathometer._version import __version__
 
 if TYPE_CHECKING:
-    from fathometer.attention import Annealed, Uniform, UniformLargeN
+    from fathometer.attention import Annealed, Exact, RandomEnergy, Uniform, UniformLargeN
     from fathometer.diagnosis import Report, Thresholds, diagnose
+    from fathometer.diagrams import Diagram, diagram, measured_diagram
     from fathometer.errors import BatchError, DomainError, FathometerError, ModelError, NotCoveredError, SpecError
-    from fathometer.measurement import load_batch, measure
+    from fathometer.measurement import load_batch, measure, measure_exponents
     from fathometer.models import equiangular_tokens, load_model, reference_network
-    from fathometer.observables import growth, predict
-    from fathometer.prescription import solve_field
+    from fathometer.observables import exponents, fixed_points, gradient_exponent, growth, predict
+    from fathometer.prescription import critical_line, solve_field
     from fathometer.report import save_report
     from fathometer.results import Profile
     from fathometer.spec import (
@@ -46,13 +47,14 @@ if TYPE_CHECKING:
     )
 
 _HOMES = {
-    "fathometer.attention": ("Annealed", "Uniform", "UniformLargeN"),
+    "fathometer.attention": ("Annealed", "Exact", "RandomEnergy", "Uniform", "UniformLargeN"),
     "fathometer.diagnosis": ("Report", "Thresholds", "diagnose"),
+    "fathometer.diagrams": ("Diagram", "diagram", "measured_diagram"),
     "fathometer.errors": ("BatchError", "DomainError", "FathometerError", "ModelError", "NotCoveredError", "SpecError"),
-    "fathometer.measurement": ("load_batch", "measure"),
+    "fathometer.measurement": ("load_batch", "measure", "measure_exponents"),
     "fathometer.models": ("equiangular_tokens", "load_model", "reference_network"),
-    "fathometer.observables": ("growth", "predict"),
-    "fathometer.prescription": ("solve_field",),
+    "fathometer.observables": ("exponents", "fixed_points", "gradient_exponent", "growth", "predict"),
+    "fathometer.prescription": ("critical_line", "solve_field"),
     "fathometer.report": ("save_report",),
     "fathometer.results": ("Profile",),
     "fathometer.spec": (
@@ -82,8 +84,10 @@ __all__ = [
     "BatchError",
     "Block",
     "Derf",
+    "Diagram",
     "DomainError",
     "DyT",
+    "Exact",
     "FathometerError",
     "GatedMLP",
     "LayerNorm",
@@ -93,6 +97,7 @@ __all__ = [
     "PointwiseNorm",
     "Profile",
     "RMSNorm",
+    "RandomEnergy",
     "Report",
     "Scales",
     "SelfAttention",
@@ -103,13 +108,20 @@ __all__ = [
     "Uniform",
     "UniformLargeN",
     "__version__",
+    "critical_line",
     "diagnose",
+    "diagram",
     "equiangular_tokens",
+    "exponents",
+    "fixed_points",
+    "gradient_exponent",
     "growth",
     "load",
     "load_batch",
     "load_model",
     "measure",
+    "measure_exponents",
+    "measured_diagram",
     "predict",
     "preset",
     "reference_network",

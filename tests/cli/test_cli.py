@@ -86,7 +86,7 @@ def test_strict_exit_code_for_an_unhealthy_model(folder: Path) -> None:
 
 def test_predict_prints_and_emits_json(folder: Path) -> None:
     done = run("predict", "spec.toml", "--tokens", "196", "--q", "0.27", "--p", "0.11", cwd=folder)
-    assert done.returncode == 0 and "annealed closure" in done.stdout
+    assert done.returncode == 0 and "exact closure" in done.stdout
     done = run("predict", "preset:bert", "--layers", "4", "--json", cwd=folder)
     profile = json.loads(done.stdout)
     assert len(profile["curves"]["q"]) == 5

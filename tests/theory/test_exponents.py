@@ -65,7 +65,7 @@ def test_stable_states(setting: tuple[float, ...], phase: str, cosine: float, q:
 def test_every_stable_state_attracts_a_long_run() -> None:
     widths, strengths = np.array([1.0, 3.0, 8.0])[:, None], np.array([0.2, 0.6, 0.9])
     grid = network(0.3, strengths, widths)
-    found = stable_state(grid, n_tokens=128)
+    found = stable_state(grid, n_tokens=128, closure="annealed")
     long = propagate_ends(grid.with_depth(3000), n_tokens=128, q=0.9, p=0.3, closure=Annealed())
     np.testing.assert_allclose(found.cosine, long.p / long.q, atol=2e-7)
     np.testing.assert_allclose(found.q, long.q, rtol=2e-7)
@@ -257,7 +257,7 @@ def test_ends_equal_the_layered_recursion() -> None:
     ends = propagate_ends(grid, n_tokens=20, q=1.3, p=1.3 * cosines, closure=Annealed())
     for i, j, k in ((0, 0, 0), (2, 1, 1), (4, 2, 2), (3, 0, 1)):
         alone = network(0.4, float(strengths[j, 0]), float(widths[i, 0, 0]), coupling=1.5, n_layers=7)
-        seen = predict(alone, n_tokens=20, q=1.3, p=1.3 * cosines[k])
+        seen = predict(alone, n_tokens=20, q=1.3, p=1.3 * cosines[k], closure="annealed")
         at = (i, j, k)
         assert ends.q[at] == pytest.approx(seen.q[-1], rel=1e-8)
         assert ends.p[at] == pytest.approx(seen.p[-1], rel=1e-7)
@@ -269,7 +269,7 @@ def test_ends_equal_the_layered_recursion() -> None:
 def test_ends_survive_a_range_no_float_holds() -> None:
     spec = network(0.2, 0.9, np.array([30.0, 60.0]), n_layers=600)
     ends = propagate_ends(spec, n_tokens=8, q=1.0, p=0.0, closure=Annealed())
-    seen = predict(network(0.2, 0.9, 60.0, n_layers=600), n_tokens=8, q=1.0, p=0.0)
+    seen = predict(network(0.2, 0.9, 60.0, n_layers=600), n_tokens=8, q=1.0, p=0.0, closure="annealed")
     assert seen.apjn_log[0] > 800
     assert ends.gradient_log()[1] == pytest.approx(seen.apjn_log[0], rel=1e-8)
 

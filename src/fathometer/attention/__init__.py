@@ -1,18 +1,27 @@
 """Averages over the softmax: closures for exchangeable tokens, mixings for full Gram matrices."""
 
 from fathometer.attention.closure import (
-    CLOSURES,
-    DEFAULT_CLOSURE,
     Annealed,
     AttentionStatistics,
     Closure,
     Uniform,
     UniformLargeN,
     ValuePath,
-    as_closure,
+    exact_value_path,
 )
+from fathometer.attention.corrections import cosine_heterogeneity, few_head_average, tilted
+from fathometer.attention.exact import Exact
+from fathometer.attention.matched import Matched, matched
 from fathometer.attention.mixing import AnnealedMixing, FixedMixing, Mixing, UniformMixing, Visibility
+from fathometer.attention.named import CLOSURES, DEFAULT_CLOSURE, as_closure
+from fathometer.attention.random_energy import (
+    RandomEnergy,
+    critical_beta,
+    inverse_temperature,
+    poisson_dirichlet_moment,
+)
 from fathometer.attention.score_path import ScorePath
+from fathometer.attention.softmax_rows import PairAverages, RowAverages, pair_averages, row_averages
 
 __all__ = [
     "CLOSURES",
@@ -21,8 +30,13 @@ __all__ = [
     "AnnealedMixing",
     "AttentionStatistics",
     "Closure",
+    "Exact",
     "FixedMixing",
+    "Matched",
     "Mixing",
+    "PairAverages",
+    "RandomEnergy",
+    "RowAverages",
     "ScorePath",
     "Uniform",
     "UniformLargeN",
@@ -30,4 +44,14 @@ __all__ = [
     "ValuePath",
     "Visibility",
     "as_closure",
+    "cosine_heterogeneity",
+    "critical_beta",
+    "exact_value_path",
+    "few_head_average",
+    "inverse_temperature",
+    "matched",
+    "pair_averages",
+    "poisson_dirichlet_moment",
+    "row_averages",
+    "tilted",
 ]

@@ -16,8 +16,6 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from fathometer.errors import SpecError, nearest
-
 
 class AttentionStatistics(NamedTuple):
     """Averages over the random scores of one attention layer; arrays of one shape.
@@ -185,24 +183,3 @@ class Annealed:
     def others(self, n_tokens: int) -> int:
         """See :class:`Closure`."""
         return max(n_tokens - 1, 1)
-
-
-DEFAULT_CLOSURE: Closure = Annealed()
-CLOSURES: dict[str, Closure] = {
-    "uniform": Uniform(),
-    "uniform_large_n": UniformLargeN(),
-    "annealed": Annealed(),
-}
-
-
-def as_closure(closure: Closure | str) -> Closure:
-    """Return a closure given itself or its name.
-
-    Raises:
-        SpecError: naming the nearest one.
-    """
-    if not isinstance(closure, str):
-        return closure
-    if closure not in CLOSURES:
-        raise SpecError(f"there is no closure {closure!r}{nearest(closure, CLOSURES)}")
-    return CLOSURES[closure]

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from fathometer.cli.diagram import diagram
 from fathometer.cli.prescribe import prescribe
 from fathometer.cli.reproduce import reproduce
 from fathometer.errors import FathometerError, MissingExtraError
@@ -54,7 +55,9 @@ def diagnose(
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     blocks: Annotated[str | None, typer.Option(help="Path of the block container, if it is not found.")] = None,
     forward: Annotated[bool, typer.Option(help="Also measure the forward APJN.")] = True,
-    closure: Annotated[str, typer.Option(help="How theory averages the softmax: annealed, uniform.")] = "annealed",
+    closure: Annotated[
+        str, typer.Option(help="How theory averages the softmax: exact, annealed, random_energy, uniform.")
+    ] = "exact",
     out: Annotated[Path, typer.Option(help="Folder for report.html, report.json and figures.")] = Path(
         "fathometer-report"
     ),
@@ -104,7 +107,7 @@ def predict(
     layers: Layers = None,
     closure: Annotated[
         str, typer.Option(help="How the softmax is averaged: annealed, uniform, uniform_large_n.")
-    ] = "annealed",
+    ] = "exact",
     as_json: AsJson = False,
 ) -> None:
     """Predict every layer's statistics from a spec; theory only, no torch."""
@@ -141,6 +144,7 @@ def predict(
         console.print(f"Repeating the last block: {grown.sentence}.", highlight=False)
 
 
+app.command()(diagram)
 app.command()(prescribe)
 app.command()(reproduce)
 

@@ -25,7 +25,7 @@ def prescribe(
     tokens: Annotated[int, typer.Option(help="Number of tokens.")] = 196,
     q: Annotated[float, typer.Option(help="Mean square of a token at the first block.")] = 0.27,
     p: Annotated[float, typer.Option(help="Mean overlap of two tokens there.")] = 0.11,
-    closure: Annotated[str, typer.Option(help="How the softmax is averaged.")] = "annealed",
+    closure: Annotated[str, typer.Option(help="How the softmax is averaged.")] = "exact",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Solve for the one number that gives each depth the gradients, or the growth, one wants."""

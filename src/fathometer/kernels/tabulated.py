@@ -3,8 +3,8 @@ r"""An activation at second moments that stay the same: behind LayerNorm, at eve
 There a pair kernel is one function of the overlap for each second moment. Elementary closed forms are kept, with their
 diagonal computed once; of others, quintic splines hold
 
-.. math:: E f(u) f(v) \quad\text{and}\quad \sqrt{1 - s^2}\; E f'(u) f'(v) \qquad\text{over}\quad \operatorname{artanh} s,
-          \quad s = \frac{p}{q + \beta} .
+.. math:: E f(u) f(v) \quad\text{and}\quad \sqrt{1 - s^2}\; E f'(u) f'(v) \qquad\text{over}\quad
+          \operatorname{artanh} s, \quad s = \frac{p}{q + \beta} .
 
 A saturating function has the singularities of its kernel just outside |p| = q, ever closer as q grows; the variable
 spreads the ends logarithmically and the root removes the divergence, so that about a hundred intervals serve any q.
@@ -68,7 +68,7 @@ class SplineTable:
 
     def __call__(self, place: Place) -> FloatArray:
         """Return the splines there."""
-        value = self.pieces[0].take(place.piece)
+        value: FloatArray = self.pieces[0].take(place.piece)
         for power in range(1, _DEGREE + 1):
             value *= place.fraction
             value += self.pieces[power].take(place.piece)

@@ -19,7 +19,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -36,6 +37,8 @@ from fathometer.models.redraw import redrawn
 from fathometer.models.seeding import named_generator
 
 FloatArray = NDArray[np.float64]
+Step: TypeAlias = Callable[[Tensor], Tensor]
+Project: TypeAlias = Callable[[Tensor], Tensor]
 
 _GAP = 1e-6  # 1 - cosine of the tokens of the angle estimator
 
@@ -127,13 +130,54 @@ def measure_exponents(
     )
 
 
+def carried_forward(steps: Sequence[Step], stream: Tensor) -> list[Tensor]:
+    """Return the stream at every border of a stack; a step may overwrite its input."""
+    streams = [stream]
+    with torch.no_grad():
+        for step in steps:
+            streams.append(step(streams[-1].clone()))
+    return streams
+
+
+def carried_back(
+    steps: Sequence[Step], stream: Tensor, cotangent: Tensor, project: Project, *, networks: int = 0
+) -> FloatArray:
+    """Carry an output gradient to every border of a stack, keeping one part of it.
+
+    Args:
+        steps: The blocks, as functions of the stream alone.
+        stream: The stream at the first block.
+        cotangent: The gradient at the output, of the stream's shape.
+        project: Picks the part that is kept at every border; the cotangent must be such a part.
+        networks: Number of leading axes that count independent networks.
+    Returns:
+        Log of the squared size relative to the output, shape ``(n_steps + 1, *networks)``; infinite or NaN from where a
+        gradient vanishes or overflows. Rescaled at every border: nothing overflows on the way.
+    """
+    streams = carried_forward(steps[:-1], stream)
+    axes = tuple(range(networks, stream.ndim))
+    unit = cotangent.square().sum(dim=axes, keepdim=True)
+    logs = [torch.zeros_like(unit)]
+    for step, before in zip(reversed(steps), reversed(streams), strict=True):
+        leaf = before.detach().requires_grad_()
+        with torch.enable_grad():
+            out = step(leaf.clone())
+        gradient = project(pull_back("of the stack", out, leaf, [cotangent])[0])
+        size = gradient.square().sum(dim=axes, keepdim=True)
+        logs.append(logs[-1] + (size / unit).log())
+        cotangent = gradient * (unit / size).sqrt()
+    values = torch.stack(logs[::-1]).double().cpu().numpy()
+    return np.asarray(values.reshape(values.shape[: 1 + networks]))
+
+
 class _Modes:
     """The estimators on one draw of a network."""
 
     def __init__(
         self, blocks: Sequence[nn.Module], calls: Sequence[BlockCall], layout: Layout, q: float, seed: int
     ) -> None:
-        self._blocks, self._calls, self._layout, self._seed = blocks, calls, layout, seed
+        self._calls, self._layout, self._seed = calls, layout, seed
+        self._steps = [partial(call.run, block) for call, block in zip(calls, blocks, strict=True)]
         self._like = calls[0].stream
         direction = self._noise("direction", shared=True)
         self._equal = direction * (q / direction.square().mean()).sqrt()
@@ -153,28 +197,14 @@ class _Modes:
         noise = self._noise("isotropic")
         return float(self._backward(self._calls[0].stream, noise, lambda gradient: gradient)[0])
 
-    def _backward(self, stream: Tensor, cotangent: Tensor, project: Callable[[Tensor], Tensor]) -> FloatArray:
-        streams = self._streams(stream)
-        logs = np.zeros(len(self._blocks) + 1)
-        unit = float(cotangent.square().sum())
-        for layer in range(len(self._blocks) - 1, -1, -1):
-            leaf = streams[layer].detach().requires_grad_()
-            with torch.enable_grad():
-                out = self._calls[layer].run(self._blocks[layer], leaf.clone())
-            gradient = project(pull_back(f"block {layer}", out, leaf, [cotangent])[0])
-            size = float(gradient.square().sum())
-            if not np.isfinite(size) or size <= 0:
-                raise ModelError(f"the gradient at block {layer} is {size}; it cannot be carried further back")
-            logs[layer] = logs[layer + 1] + np.log(size / unit)
-            cotangent = gradient * (unit / size) ** 0.5
+    def _backward(self, stream: Tensor, cotangent: Tensor, project: Project) -> FloatArray:
+        logs = carried_back(self._steps, stream, cotangent, project)
+        bad = np.flatnonzero(~np.isfinite(logs))
+        if bad.size:
+            raise ModelError(
+                f"the gradient at block {bad[-1]} vanishes or overflows; it cannot be carried further back"
+            )
         return logs
-
-    def _streams(self, stream: Tensor) -> list[Tensor]:
-        streams = [stream]
-        with torch.no_grad():
-            for call, block in zip(self._calls[:-1], self._blocks[:-1], strict=True):
-                streams.append(call.run(block, streams[-1].clone()))
-        return streams
 
     def _angles(self) -> FloatArray:
         apart = self._noise("apart")
@@ -187,8 +217,7 @@ class _Modes:
         )
         start = (1 - _GAP) ** 0.5 * self._equal + _GAP**0.5 * apart
         with torch.no_grad():
-            streams = self._streams(start)
-            streams.append(self._calls[-1].run(self._blocks[-1], streams[-1].clone()))
+            streams = carried_forward(self._steps, start)
         gaps = []
         for stream in streams:
             arranged = self._layout.arranged(stream)

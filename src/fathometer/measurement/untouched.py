@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,20 +18,17 @@ def untouched(model: nn.Module) -> Iterator[None]:
     no check of outputs notices: doubled keys give the same averages.
     """
     modes = {module: module.training for module in model.modules()}
-    caching = {
-        id(config): config
-        for module in model.modules()
-        if getattr(config := getattr(module, "config", None), "use_cache", False) is True
-    }
+    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    caching = [config for config in configs if getattr(config, "use_cache", False) is True]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     try:
         with torch.random.fork_rng(devices=devices):
             model.eval()
-            for config in caching.values():
+            for config in caching:
                 config.use_cache = False
             yield
     finally:
-        for config in caching.values():
+        for config in caching:
             config.use_cache = True
         for module, mode in modes.items():
             module.training = mode

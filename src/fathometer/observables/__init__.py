@@ -10,6 +10,15 @@ from fathometer.observables.exponents import (
     gradient_modes,
     power_laws,
 )
+from fathometer.observables.failure_modes import (
+    MODES,
+    Criteria,
+    FailureModes,
+    attention_temperature,
+    condensing_context,
+    critical_skip_scale,
+    failure_modes,
+)
 from fathometer.observables.fixed_points import (
     PHASES,
     FixedPoint,
@@ -23,20 +32,29 @@ from fathometer.observables.fixed_points import (
 from fathometer.observables.growth import Growth, growth
 from fathometer.observables.jacobian import Gradients, backward, forward
 from fathometer.observables.prediction import predict, profile_of
+from fathometer.observables.weight_gradients import WeightGradients, weight_gradients
 
 __all__ = [
+    "MODES",
     "PHASES",
     "READOUTS",
+    "Criteria",
     "Exponents",
+    "FailureModes",
     "FixedPoint",
     "Gradients",
     "Growth",
     "PowerLaws",
     "StableState",
+    "WeightGradients",
     "angle_rate",
+    "attention_temperature",
     "backward",
+    "condensing_context",
+    "critical_skip_scale",
     "equal_token_gradients",
     "exponents",
+    "failure_modes",
     "fixed_norm",
     "fixed_points",
     "forward",
@@ -48,4 +66,5 @@ __all__ = [
     "predict",
     "profile_of",
     "stable_state",
+    "weight_gradients",
 ]

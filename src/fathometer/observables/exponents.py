@@ -138,7 +138,7 @@ def exponents(
         return np.asarray(np.where(settles, np.broadcast_to(value, shape), np.nan))
 
     with np.errstate(divide="ignore"):
-        logs = [np.log(rate) for rate in (angle, token, coherent)]
+        logs = [np.log(np.maximum(rate, 0.0)) for rate in (angle, token, coherent)]  # rounding may pass zero
     return Exponents(
         state=state,
         angle=shown(logs[0]),

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import brentq
 
-from fathometer.attention import DEFAULT_CLOSURE, Closure, UniformLargeN, as_closure
+from fathometer.attention import DEFAULT_CLOSURE, Closure, Uniform, as_closure
 from fathometer.errors import DomainError
 from fathometer.propagation import BlockMap, Moments, check_tokens
 from fathometer.spec import Transformer, batch_shape
@@ -248,10 +248,10 @@ def _interior(block: BlockMap) -> FloatArray:
 
 def _orthogonal_attracts(spec: Transformer) -> NDArray[np.bool_]:
     """Return where orthogonal tokens stay orthogonal, stably, in the limit of many tokens."""
-    block = last_block(spec, 10**9, UniformLargeN())
+    block = last_block(spec, 10**9, Uniform())
     q = fixed_norm(block, 0.0)
     q = np.where(np.isfinite(q), q, _LARGEST)
-    invariant = np.abs(block.forward(Moments(q, 0.0 * q)).p) <= 1e-12 * q
+    invariant = np.abs(block.forward(Moments(q, 0.0 * q)).p) <= 1e-7 * q
     return np.asarray(invariant & (block.transfer(Moments(q, 0.0 * q))[1, 1] < 1))
 
 

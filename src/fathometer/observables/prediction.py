@@ -123,7 +123,7 @@ def _profile_of_gram(trajectory: GramTrajectory) -> Profile:
         curves |= {
             "attention_entropy": entropy.mean(axis=over),
             "attention_entropy_relative": np.nanmean(relative, axis=over) if n > 1 else np.ones(len(entropy)),
-            "participation": 1 / trajectory.attention["inverse_participation"].mean(axis=over),
+            "participation": _participation(trajectory.attention["inverse_participation"].mean(axis=over), n),
             "logit_variance": trajectory.attention["logit_variance"].mean(axis=over),
         }
     return Profile(source="theory", curves=curves, about=_about(trajectory))

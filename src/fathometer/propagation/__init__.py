@@ -1,14 +1,16 @@
 """The Markov chain over layers, on two numbers or on the full Gram matrix."""
 
-from fathometer.propagation.ends import Ends, propagate_ends
-from fathometer.propagation.exchangeable import BlockMap, Moments, check_moments, check_tokens, propagate
+from fathometer.propagation.ends import Ends, Index, propagate_ends
+from fathometer.propagation.exchangeable import Attending, BlockMap, Moments, check_moments, check_tokens, propagate
 from fathometer.propagation.gram import GramTrajectory, check_attention, check_gram, propagate_gram
 from fathometer.propagation.trajectory import Trajectory
 
 __all__ = [
+    "Attending",
     "BlockMap",
     "Ends",
     "GramTrajectory",
+    "Index",
     "Moments",
     "Trajectory",
     "check_attention",

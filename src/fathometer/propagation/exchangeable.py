@@ -12,8 +12,8 @@ acts forward by moments and backward by the 2 x 2 transfer matrix
 
 with hats for the slope averages of each norm and ``T_B`` the transfer matrix of the branch.
 
-Sources: forward maps and the MLP transfer, Alekseev, arXiv:2604.11890v3; exact finite-n attention transfer and the
-score path, derived in the documentation.
+Sources: forward maps and the MLP transfer, Alekseev, arXiv:2604.11890v3; centred attention, Giorlandino and Goldt,
+arXiv:2505.24333, at finite n; exact finite-n attention transfer and the score path, derived in the documentation.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ class AttentionMap:
     def inspect(self, x: Moments, *, entropy: bool = False) -> Attending:
         """Return what the maps below need of the normed tokens."""
         coupling = effective_coupling(self.branch, x.q)
-        variance = coupling * x.q * (x.q - x.p)
+        variance = coupling * x.q * np.maximum(x.q - x.p, 0.0)
+        if not np.all(np.isfinite(variance)):  # the stream overflows, which is reported by whoever carries it
+            variance = np.where(np.isfinite(variance), variance, 0.0)
         return Attending(
             self.closure.statistics(self.n_tokens, variance, x.p / x.q, entropy=entropy), variance, coupling
         )
@@ -81,10 +83,33 @@ class AttentionMap:
         spread = x.q - x.p
         gain, bias = (b.value * b.output) ** 2, attention_bias(b)
         y2, y12 = known.statistics.y2, known.statistics.y12
+        if b.centred:
+            share = gain * spread * np.maximum(y2 - y12, 0.0) / self.n_tokens
+            others = self.n_tokens - 1
+            return Moments(share * others, -share if others else 0.0 * share)
         return Moments(gain * (x.p + spread * y2) + bias, gain * (x.p + spread * y12) + bias)
 
     def transfer(self, x: Moments, known: Attending) -> list[list[Any]]:
         """Return the 2 x 2 transfer matrix from gradients at the branch output to gradients at the normed tokens."""
+        matrix = self._uncentred_transfer(x, known)
+        if not self.branch.centred:
+            return matrix
+        own, shared = self.before_centring(1.0, 0.0)  # and the opposite for (0, 1): a shared gradient is lost
+        column = [row[0] * own + row[1] * shared for row in matrix]
+        return [[entry, -entry] for entry in column]
+
+    def before_centring(self, own: Any, shared: Any) -> tuple[Any, Any]:
+        """Return (J, K) of gradients at the output whose mean over tokens has not been subtracted yet.
+
+        Args:
+            own, shared: J and K of gradients at the branch output.
+        """
+        if not self.branch.centred:
+            return own, shared
+        share = (own - shared) / self.n_tokens if self.n_tokens > 1 else 0.0 * own
+        return self.closure.others(self.n_tokens) * share, -share
+
+    def _uncentred_transfer(self, x: Moments, known: Attending) -> list[list[Any]]:
         statistics = known.statistics
         gain = (self.branch.value * self.branch.output) ** 2
         path = self.closure.value_path(self.n_tokens, statistics)
@@ -226,6 +251,18 @@ class HalfLayer:
             [(skip * (i == j) + weight * rows[i] * matrix[i][j] * columns[j]) * after[j] for j in range(2)]
             for i in range(2)
         ]
+
+    def at_branch(self, record: Record, own: Any, shared: Any) -> tuple[Any, Any]:
+        """Return (J, K) of gradients at the branch output; of centred attention, before the mean is subtracted.
+
+        Args:
+            record: The forward pass.
+            own, shared: J and K of gradients at the output of the sublayer.
+        """
+        weight = self.sublayer.branch_scale**2
+        columns, after = self._slopes(1, record.branch), self._slopes(2, record.residual)
+        own, shared = weight * columns[0] * after[0] * own, weight * columns[1] * after[1] * shared
+        return self.map.before_centring(own, shared) if isinstance(self.map, AttentionMap) else (own, shared)
 
     def _normalise(self, slot: int, x: Moments) -> Moments:
         kernel = self._norms[slot]

@@ -34,8 +34,9 @@ from fathometer.attention import (
     Uniform,
     UniformMixing,
     Visibility,
+    matched,
 )
-from fathometer.errors import DomainError, NotCoveredError
+from fathometer.errors import DomainError
 from fathometer.kernels import PairKernel, activation_kernel, norm_kernel
 from fathometer.propagation.exchangeable import attention_bias, block_borders
 from fathometer.spec import MLP, SelfAttention, Sublayer, Transformer
@@ -165,10 +166,17 @@ class GramHalfLayer:
         branch = self.sublayer.branch
         if not isinstance(branch, SelfAttention):
             return self._perceptron_slope * matrix
+        if branch.centred and not forward:
+            matrix = centred(matrix)
         out = self._mixing.forward(matrix) if forward else self._mixing.backward(matrix)
         if self._scores is not None:
             path, coupling = self._scores
-            out = out + (path.forward(coupling * matrix) if forward else coupling * path.backward(matrix))
+            weight = self._score_factor
+            out = out + (
+                weight * path.forward(coupling * matrix) if forward else coupling * path.backward(weight * matrix)
+            )
+        if branch.centred and forward:
+            out = centred(out)
         return np.asarray((branch.value * branch.output) ** 2 * out)
 
     def _attend(self, mixing: FixedMixing | None) -> FloatArray:
@@ -183,6 +191,7 @@ class GramHalfLayer:
         else:
             coupling = coupling * (branch.query * branch.key) ** 2
         self._scores: tuple[ScorePath, Any] | None = None
+        self._score_factor: Any = 1.0
         if mixing is not None:
             self._mixing: Mixing = mixing
         elif isinstance(self._closure, Uniform):
@@ -192,12 +201,15 @@ class GramHalfLayer:
             if self._closure.score_path:
                 self._scores = self._score_path(score_gram, coupling)
         else:
-            raise NotCoveredError(f"the closure {self._closure.name!r} has no Gram form; accepted: uniform, annealed")
+            factors = matched(self._closure, self.visible, score_gram, coupling)
+            self._mixing = AnnealedMixing(self.visible, score_gram, coupling, temperature=factors.temperature)
+            self._scores = self._score_path(score_gram, coupling)
+            self._score_factor = factors.score
         self.statistics = _row_statistics(self.visible, score_gram, coupling, self._closure)
         if mixing is not None:
             self.statistics |= mixing.row_statistics(normed.shape[:-1])
-        gain = (branch.value * branch.output) ** 2
-        return np.asarray(gain * self._mixing.forward(normed) + attention_bias(branch))
+        mixed = (branch.value * branch.output) ** 2 * self._mixing.forward(normed)
+        return centred(mixed) if branch.centred else np.asarray(mixed + attention_bias(branch))
 
     def _score_path(self, score_gram: FloatArray, coupling: Any) -> tuple[ScorePath, Any]:
         """Return the gradient path through the scores; normalised queries and keys divide it by the tokens' sizes."""
@@ -218,6 +230,12 @@ class GramHalfLayer:
         self._preactivation = branch.gate**2 * self._normed
         scale = (branch.mlp_in * branch.mlp_out) ** 2
         return np.asarray(scale * _overlap(kernel, self._preactivation) * self._normed)
+
+
+def centred(gram: FloatArray) -> FloatArray:
+    """Return the Gram matrix of the same vectors less their mean over tokens; shape ``(..., n, n)``."""
+    rows = gram - gram.mean(axis=-1, keepdims=True)
+    return np.asarray(rows - rows.mean(axis=-2, keepdims=True))
 
 
 def check_gram(gram: Any) -> FloatArray:
@@ -271,7 +289,7 @@ def propagate_gram(spec: Transformer, gram: Any, *, closure: Closure, attention:
     Args:
         spec: The transformer, with scalar fields.
         gram: Gram matrices ``x_a . x_b / d`` at the first block, shape ``(*batch, n, n)``; batch for several samples.
-        closure: How the softmax is averaged (``Uniform`` or ``Annealed``).
+        closure: How the softmax is averaged.
         attention: Optional fixed row-stochastic matrix used in every layer instead of the closure.
     Returns:
         The trajectory. Cost: O(n^2) elementwise work a sublayer, times the number of interpolation nodes for

@@ -9,8 +9,8 @@ import numpy as np
 
 from fathometer._version import __version__
 from fathometer.attention import DEFAULT_CLOSURE, Closure, as_closure
-from fathometer.diagram.grid import Axis, Diagram
-from fathometer.diagram.observables import OBSERVABLES, Tokens
+from fathometer.diagrams.grid import Axis, Diagram
+from fathometer.diagrams.observables import OBSERVABLES, Tokens
 from fathometer.errors import SpecError, nearest
 from fathometer.spec import Transformer, batch_shape, to_dict, with_field
 
@@ -31,7 +31,7 @@ def diagram(
     Args:
         spec: The transformer; its own numbers in the two fields do not matter.
         x, y: ``(field, values)``, for instance ``("mlp_in", np.linspace(0.5, 8, 400))``.
-        observable: Name or names, see :data:`fathometer.diagram.OBSERVABLES`.
+        observable: Name or names, see :data:`fathometer.diagrams.OBSERVABLES`.
         n_tokens: Number of tokens.
         cosine: p/q of the tokens at the first block, for observables of a finite stack.
         q: Their second moment; by default the one that the last block preserves for equal tokens, at every point.

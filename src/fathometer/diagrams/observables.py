@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fathometer.attention import DEFAULT_CLOSURE, Closure, as_closure
 from fathometer.errors import DomainError
-from fathometer.observables import exponents, fixed_norm, last_block, stable_state
+from fathometer.observables import exponents, failure_modes, fixed_norm, last_block, stable_state
 from fathometer.propagation import Ends, check_moments, propagate_ends
 from fathometer.spec import Transformer
 
@@ -36,8 +36,12 @@ class Tokens:
         check_moments(self.n_tokens, 1.0, self.cosine)
         as_closure(self.closure)
 
-    def ends(self, spec: Transformer) -> Ends:
-        """Return both ends of every stack of a grid."""
+    def start(self, spec: Transformer) -> Any:
+        """Return the second moment of the tokens at every point of a grid.
+
+        Raises:
+            DomainError: if none is given and the norm of the stream has no fixed point.
+        """
         q: Any = self.q
         if q is None:
             q = fixed_norm(last_block(spec, self.n_tokens, self.closure), 1.0)
@@ -45,6 +49,11 @@ class Tokens:
                 raise DomainError(
                     "the norm of the stream grows for ever or dies out: give the second moment q of the tokens"
                 )
+        return q
+
+    def ends(self, spec: Transformer) -> Ends:
+        """Return both ends of every stack of a grid."""
+        q = self.start(spec)
         return propagate_ends(
             spec.bidirectional(),
             n_tokens=self.n_tokens,
@@ -103,6 +112,16 @@ def _stable(name: str) -> Callable[[Transformer, Tokens], Field]:
     return compute
 
 
+def _failure(name: str) -> Callable[[Transformer, Tokens], Field]:
+    def compute(spec: Transformer, tokens: Tokens) -> Field:
+        found = failure_modes(
+            spec, n_tokens=tokens.n_tokens, q=tokens.start(spec), cosine=tokens.cosine, closure=tokens.closure
+        )
+        return Field(getattr(found, name), found.status)
+
+    return compute
+
+
 #: What :func:`fathometer.diagram` knows, by name.
 OBSERVABLES: dict[str, Observable] = {
     "angle_exponent": Observable(
@@ -136,6 +155,16 @@ OBSERVABLES: dict[str, Observable] = {
         label="cosine after infinite depth", unit="1", is_signed=False, compute=_stable("cosine")
     ),
     "phase": Observable(label="phase", unit="1", is_signed=False, compute=_stable("phase")),
+    "failure_mode": Observable(label="failure mode", unit="1", is_signed=False, compute=_failure("mode")),
+    "condensation": Observable(
+        label="score spread over the condensing one, first attention",
+        unit="1",
+        is_signed=False,
+        compute=_failure("condensation"),
+    ),
+    "trainable_depth": Observable(
+        label="blocks before rank collapse", unit="blocks", is_signed=False, compute=_failure("trainable_depth")
+    ),
     "q": Observable(label="mean square at the output", unit="1", is_signed=False, compute=_end(lambda e, _: e.q)),
     "cosine": Observable(label="cosine at the output", unit="1", is_signed=False, compute=_end(lambda e, _: e.p / e.q)),
     "apjn_log": Observable(

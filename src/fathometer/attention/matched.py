@@ -1,0 +1,116 @@
+r"""Any closure on a full Gram matrix, by annealed weights at a matched inverse temperature.
+
+Annealed weights :math:`e^{\beta_{ab} C_{cd}}` are right to first order in the scores, and know about unequal tokens; a
+closure is right at any score variance, and knows exchangeable tokens only. Both hold at once if every pair of queries
+gets the :math:`\beta'_{ab}` at which annealed weights on exchangeable keys have the overlap the closure states,
+
+.. math:: \frac{\beta'_{ab}}{\beta_{ab}} = \frac1{x_{ab}} \ln \frac{(n-1)\, Y_{ab}}{1 - Y_{ab}}, \qquad
+          x_{ab} = \beta_{ab} \times \text{spread of the keys seen by both},
+
+with Y the closure's average at the variances and the correlation of the two rows' scores. On exchangeable tokens this
+is the closure itself. The gradient through the scores is that of uniform weights times the closure's factor for the
+pair of queries. Under a causal mask n is the larger of the two numbers of keys. Derived in the documentation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fathometer.attention.closure import Closure
+from fathometer.attention.mixing import Visibility
+
+FloatArray = NDArray[np.float64]
+
+_SMALL = 1e-3  # correlation below which the ratio of temperatures is taken there
+_MARGIN = 1e-15
+
+
+@dataclass(frozen=True)
+class Matched:
+    """What the mixing and the score path of one layer take from a closure.
+
+    Attributes:
+        temperature: ``beta' / beta`` for every pair of queries, shape ``(..., n, n)``.
+        score: Factor on the score path of uniform weights, same shape.
+    """
+
+    temperature: FloatArray
+    score: FloatArray
+
+
+def matched(closure: Closure, visible: Visibility, scores: FloatArray, coupling: Any) -> Matched:
+    """Compare a closure with annealed and uniform weights on one layer's tokens.
+
+    Args:
+        closure: The closure.
+        visible: Which keys each query sees.
+        scores: Gram matrix of the tokens as they enter the scores, shape ``(..., n, n)``.
+        coupling: Score variance per unit of overlaps.
+    Returns:
+        The factors. Cost: one evaluation of the closure for every pair of queries; under a causal mask, at every power
+        of two up to the number of tokens.
+    """
+    n = visible.counts
+    diagonal = np.diagonal(scores, axis1=-2, axis2=-1)
+    spread = _common_spread(visible, scores)
+    own = np.maximum(coupling * diagonal * np.diagonal(spread, axis1=-2, axis2=-1), 0.0)
+    variance = np.sqrt(own[..., :, None] * own[..., None, :])
+    covariance = coupling * scores * spread
+    correlation = np.clip(covariance / np.maximum(variance, 1e-300), -1.0, 1.0)
+    correlation = np.where(np.abs(correlation) < _SMALL, _SMALL, correlation)
+    if visible.causal:
+        temperature, score = _between_counts(closure, n, variance, correlation)
+    else:
+        temperature, score = _factors(closure, float(n[0]), variance, correlation)
+    rows = closure.statistics(n, own, 0.0 * own, entropy=False)
+    index = np.arange(len(n))
+    temperature[..., index, index] = _temperature(rows.y2, n, own)
+    score[..., index, index] = np.where(n > 1, rows.score * n**2 / np.maximum(n - 1, 1.0), 1.0)
+    return Matched(temperature, score)
+
+
+def _between_counts(
+    closure: Closure, n: FloatArray, variance: FloatArray, correlation: FloatArray
+) -> tuple[FloatArray, FloatArray]:
+    """Return the factors under a causal mask, interpolated in log n between powers of two."""
+    larger = np.maximum(np.maximum(n[:, None], n[None, :]), 2.0)
+    octave = np.log2(larger)
+    out = np.zeros((2, *variance.shape))
+    for power in range(1, int(np.ceil(octave.max())) + 1):
+        share = np.maximum(1 - np.abs(octave - power), 0.0)
+        pairs = share > 0
+        found = _factors(closure, 2.0**power, variance[..., pairs], correlation[..., pairs])
+        for total, factor in zip(out, found, strict=True):
+            total[..., pairs] += share[pairs] * factor
+    return out[0], out[1]
+
+
+def _factors(
+    closure: Closure, n: float, variance: FloatArray, correlation: FloatArray
+) -> tuple[FloatArray, FloatArray]:
+    found = closure.statistics(n, variance, correlation, entropy=False)
+    score = np.broadcast_to(found.score_pair * n**2 / max(n - 1, 1), variance.shape).copy()
+    return _temperature(found.y12, n, variance * correlation), score
+
+
+def _temperature(overlap: Any, n: Any, covariance: FloatArray) -> FloatArray:
+    """Return the factor on the exponent at which annealed weights on n equal keys have an overlap."""
+    inside = np.clip(overlap, _MARGIN, 1 - _MARGIN)
+    exponent = np.log(np.maximum(n - 1, _MARGIN) * inside / (1 - inside))
+    plain = (np.abs(covariance) < 1e-9) | (n == 1)
+    return np.asarray(np.where(plain, 1.0, exponent / np.where(plain, 1.0, covariance)))
+
+
+def _common_spread(visible: Visibility, scores: FloatArray) -> FloatArray:
+    """Return, for every pair of queries, the unbiased spread ``mean C_cc - mean C_cd`` over the keys both see."""
+    n = visible.counts
+    diagonal = np.diagonal(scores, axis1=-2, axis2=-1)
+    square = visible.over_keys(diagonal, -1) / n
+    mean = np.diagonal(visible.key_pairs(scores), axis1=-2, axis2=-1) / n**2
+    spread = np.maximum(square - mean, 0.0) * n / np.maximum(n - 1, 1)
+    fewer = np.minimum(np.arange(len(n))[:, None], np.arange(len(n))[None, :])
+    return np.asarray(spread[..., fewer] if visible.causal else np.broadcast_to(spread[..., :1, None], scores.shape))
