@@ -18,7 +18,7 @@ from fathometer.attention import DEFAULT_CLOSURE, Annealed, Closure, RandomEnerg
 from fathometer.errors import SpecError
 from fathometer.models import draw_weights, reference_network, stacked_network, tokens_with_gram
 from fathometer.observables import backward, forward, predict
-from fathometer.propagation import exchangeable, propagate, propagate_gram
+from fathometer.propagation import Trajectory, exchangeable, propagate, propagate_gram
 from fathometer.spec import MLP, Block, LayerNorm, RMSNorm, SelfAttention, Sublayer, Transformer
 from fathometer.spec.files import from_dict, to_dict
 
@@ -44,7 +44,7 @@ def gram(n_tokens: int) -> FloatArray:
     return np.asarray(Q * (COSINE + (1 - COSINE) * np.eye(n_tokens)))
 
 
-def pair(spec: Transformer, n_tokens: int, closure: Closure = DEFAULT_CLOSURE) -> exchangeable.Trajectory:
+def pair(spec: Transformer, n_tokens: int, closure: Closure = DEFAULT_CLOSURE) -> Trajectory:
     return propagate(spec, n_tokens=n_tokens, q=Q, p=Q * COSINE, closure=closure)
 
 

@@ -88,11 +88,10 @@ def _reasons(
         return []
     out = []
     variance = theory.curves.get("logit_variance")
-    if variance is not None and float(np.max(variance)) > score_limit:
+    if theory.about.get("closure") == "annealed" and variance is not None and float(np.max(variance)) > score_limit:
         out.append(
             f"score variance reaches {float(np.max(variance)):.2g}: averaging numerator and denominator of the softmax "
-            "apart "
-            f"({theory.about.get('closure')} closure) overstates how far attention concentrates above {score_limit:g}"
+            f"apart (annealed closure) overstates how far attention concentrates above {score_limit:g}"
         )
     ratio = measured.n_layers / width
     if ratio > 0.1:

@@ -113,14 +113,16 @@ def _concentrated(curves: Curves, limits: Thresholds, skips: FloatArray | None) 
         return None
     first = int(np.flatnonzero(entropy < limits.entropy_low)[0])
     lowest = float(entropy.min())
-    variance = float(curves["logit_variance"][int(np.argmin(entropy))])
+    at = int(np.argmin(entropy))
+    variance, condensation = (float(curves[name][at]) for name in ("logit_variance", "condensation"))
     return Evidence(
         value=lowest,
         limit=limits.entropy_low,
         depth=first,
         text=(
             f"attention rows keep {100 * lowest:.0f}% of the entropy of uniform attention (limit "
-            f"{100 * limits.entropy_low:.0f}%), from block {first} on; score variance {variance:.3g}"
+            f"{100 * limits.entropy_low:.0f}%), from block {first} on; score variance {variance:.3g}, "
+            f"{condensation:.2f} of the spread at which attention condenses on single keys"
         ),
     )
 

@@ -35,7 +35,8 @@ def row_statistics(scores: Tensor) -> dict[str, float]:
     """Return mean attention statistics of masked scores, shape ``(batch, heads, n_queries, n_keys)``.
 
     Keys: ``entropy`` (nats), ``entropy_relative`` (over the logarithm of the number of visible keys, rows that see
-        more than one), ``y2`` (mean of sum A^2), ``logit_variance`` (unbiased, over the visible keys of a row).
+        more than one), ``y2`` (mean of sum A^2), ``logit_variance`` (unbiased, over the visible keys of a row), ``condensation`` (root
+        of the mean of that over twice the logarithm of the number of visible keys, rows that see more than one).
     """
     scores = scores.float()
     visible = ~torch.isneginf(scores)
@@ -54,6 +55,9 @@ def row_statistics(scores: Tensor) -> dict[str, float]:
         "entropy_relative": float(relative.double().mean()) if bool(many.any()) else 1.0,
         "y2": float(weights.square().sum(-1)[some].double().mean()),
         "logit_variance": float(spread[some].double().mean()),
+        "condensation": float((spread[many] / (2 * counts[many].float().log())).double().mean()) ** 0.5
+        if bool(many.any())
+        else 0.0,
     }
 
 

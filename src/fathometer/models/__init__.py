@@ -5,6 +5,7 @@ from fathometer.models.loading import HF_NAMES, LoadedModel, load_model
 from fathometer.models.reading import ModelReading, SublayerReading, check_weights, read_block
 from fathometer.models.redraw import redrawn
 from fathometer.models.reference import ReferenceBlock, ReferenceTransformer, draw_weights, reference_network
+from fathometer.models.stacked import StackedTransformer, stacked_network
 from fathometer.models.synthetic import equiangular_tokens, tokens_with_gram
 from fathometer.models.weights import ROLES, WeightSlice
 
@@ -16,6 +17,7 @@ __all__ = [
     "ReferenceBlock",
     "ReferenceTransformer",
     "Stack",
+    "StackedTransformer",
     "SublayerReading",
     "WeightSlice",
     "check_weights",
@@ -27,5 +29,6 @@ __all__ = [
     "read_block",
     "redrawn",
     "reference_network",
+    "stacked_network",
     "tokens_with_gram",
 ]

@@ -109,7 +109,7 @@ class ReferenceAttention(nn.Module):
             enable_gqa=self.grouped,
         )
         out: Tensor = self.output(mixed.transpose(-3, -2).flatten(-2))
-        return out
+        return out - out.mean(dim=-2, keepdim=True) if self.branch.centred else out
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:-1], -1, self.d_head).transpose(-3, -2)

@@ -91,6 +91,9 @@ def profile_of(trajectory: Trajectory | GramTrajectory) -> Profile:
             else 1 + entropy,
             "participation": _participation(trajectory.attention["inverse_participation"], trajectory.n_tokens),
             "logit_variance": trajectory.attention["logit_variance"],
+            "condensation": np.sqrt(
+                trajectory.attention["logit_variance"] / (2 * np.log(max(trajectory.n_tokens, 2)))
+            ),
         }
     return Profile(source="theory", curves=curves, about=_about(trajectory))
 
@@ -125,6 +128,7 @@ def _profile_of_gram(trajectory: GramTrajectory) -> Profile:
             "attention_entropy_relative": np.nanmean(relative, axis=over) if n > 1 else np.ones(len(entropy)),
             "participation": _participation(trajectory.attention["inverse_participation"].mean(axis=over), n),
             "logit_variance": trajectory.attention["logit_variance"].mean(axis=over),
+            "condensation": _condensation(trajectory.attention["logit_variance"], visible, over),
         }
     return Profile(source="theory", curves=curves, about=_about(trajectory))
 
@@ -148,6 +152,13 @@ def _added(added: FloatArray, trajectory: Trajectory | GramTrajectory) -> dict[s
 def _one_attention_per_block(trajectory: Trajectory | GramTrajectory) -> bool:
     counts = np.add.reduceat(trajectory.is_attention.astype(int), trajectory.borders[:-1])
     return bool(np.all(counts == 1))
+
+
+def _condensation(variance: FloatArray, visible: FloatArray, over: tuple[int, ...]) -> FloatArray:
+    """Return the root mean square of ``sqrt(v / (2 ln n))`` over the queries that see more than one key."""
+    many = visible > 1
+    ratio = np.where(many, variance / (2 * np.log(np.maximum(visible, 2))), 0.0)
+    return np.asarray(np.sqrt(ratio.sum(axis=over) / np.maximum(many.sum(axis=over), 1)))
 
 
 def _participation(y2: FloatArray, n_tokens: int) -> FloatArray:

@@ -76,10 +76,10 @@ def weight_gradients(
 ) -> WeightGradients:
     """Predict the squared Frobenius norm of the gradient of every weight matrix of every block.
 
-    Leading order in the width at fixed depth and number of tokens. Two corrections to query and key gradients are larger
-    than ``1/d_model``: random overlaps of about ``1/sqrt(d_model)`` between tokens, with which every block but the first
-    has to do, add up to ``n_tokens / (d_model e^v)`` relatively, and few dimensions per head about ``v^2 / d_head``, with
-    v the score variance.
+    Leading order in the width at fixed depth and number of tokens. Two corrections to query and key gradients are
+    larger than ``1/d_model``: random overlaps of about ``1/sqrt(d_model)`` between tokens, which real tokens and those
+    of every block but the first have, add up to ``n_tokens / (d_model e^v)`` relatively, and few dimensions per head
+    about ``v^2 / d_head``, with v the score variance.
 
     Args:
         spec: The transformer; fields may be arrays.
@@ -109,7 +109,7 @@ def weight_gradients(
     trajectory = propagate(spec, n_tokens=n_tokens, q=q, p=p, closure=chosen)
     gradients = backward(trajectory.transfer, alignment=READOUTS[readout] if n_tokens > 1 else 0.0)
     others = chosen.others(n_tokens) if n_tokens > 1 else 0
-    positions: dict[str, list[FloatArray]] = {}
+    positions: dict[str, list[NDArray[np.int64]]] = {}
     values: dict[str, list[FloatArray]] = {}
     start = 0
     for block in spec.blocks:
@@ -125,7 +125,7 @@ def weight_gradients(
             for role, norm in norms.items():
                 with np.errstate(divide="ignore"):
                     values.setdefault(role, []).append(unit + np.log(np.maximum(norm, 0.0)))
-                positions.setdefault(role, []).append(np.arange(start, stop)[offset::count])
+                positions.setdefault(role, []).append(np.arange(start + offset, stop, count))
         start = stop
     logs, layers = {}, {}
     for role, parts in values.items():

@@ -33,6 +33,11 @@ VOCABULARY: dict[str, tuple[str, str, str]] = {
     "attention_entropy_relative": ("layer", "1", "entropy over that of uniform attention on the visible keys"),
     "participation": ("layer", "keys", "effective number of keys a query attends to, 1 / E sum A^2"),
     "logit_variance": ("layer", "1", "variance of attention scores over the visible keys of one query"),
+    "condensation": (
+        "layer",
+        "1",
+        "spread of the scores over that at which a random energy model freezes, sqrt(v / (2 ln n))",
+    ),
     "attention_added_q": ("layer", "1", "mean square of what attention adds to the stream"),
     "mlp_added_q": ("layer", "1", "mean square of what the MLP adds to the stream"),
 }

@@ -39,6 +39,8 @@ class SelfAttention:
         causal: Whether position a sees only b <= a.
         score_multiplier: Extra factor on the scores beyond ``1/sqrt(d_head)``.
         qk_norm: Whether queries and keys are normalised per head before the product.
+        centred: Whether the mean over tokens is subtracted from the output, biases included (gain-controlled
+            attention, Giorlandino and Goldt, arXiv:2505.24333). Refused with ``causal``.
     """
 
     query: Scale
@@ -52,14 +54,20 @@ class SelfAttention:
     causal: bool = False
     score_multiplier: Scale = 1.0
     qk_norm: bool = False
+    centred: bool = False
     kind: Literal["self_attention"] = "self_attention"
     scale_names: ClassVar[tuple[str, ...]] = ("query", "key", "value", "output")
 
     def __post_init__(self) -> None:
         for name in (*self.scale_names, "value_bias", "output_bias", "score_multiplier"):
             checked(self, name)
-        for name in ("causal", "qk_norm"):
+        for name in ("causal", "qk_norm", "centred"):
             checked_flag(self, name)
+        if self.causal and self.centred:
+            raise SpecError(
+                "SelfAttention.centred subtracts a mean over all tokens, later ones included; "
+                "a causal model would need a running mean"
+            )
         checked_count(self, "n_heads")
         if self.n_kv_heads is not None:
             checked_count(self, "n_kv_heads")

@@ -6,7 +6,9 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fathometer.errors import DomainError
@@ -65,7 +67,7 @@ def train(
     if not rate > 0 or steps < 2 or warmup < 0:
         raise DomainError(f"rate must be positive, steps >= 2, warmup >= 0; got {rate}, {steps}, {warmup}")
     updater = OPTIMIZERS[optimizer](model.parameters(), lr=rate)
-    order = _batches(len(data.train), batch_size, seed)
+    order = batches(len(data.train), batch_size, seed)
     losses: list[float] = []
     for step in range(steps):
         for group in updater.param_groups:
@@ -78,8 +80,7 @@ def train(
         updater.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         updater.step()
-    tail = losses[-max(len(losses) // 5, 1) :]
-    survived = len(losses) == steps and sum(tail) / len(tail) < (1 + DIVERGENCE) * losses[0]
+    survived = len(losses) == steps and not bool(diverged(np.array(losses)))
     with torch.no_grad():
         right = model(data.test).argmax(dim=-1) == data.test_labels
     return Run(
@@ -107,7 +108,20 @@ def largest_stable_rate(run: Callable[[float], Run], *, low: float, high: float)
     return best, tried
 
 
-def _batches(size: int, batch_size: int, seed: int) -> Iterator[Tensor]:
+def diverged(losses: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Return which runs ended above their start, or not on finite numbers.
+
+    Args:
+        losses: One loss a step along the first axis, runs along the others; NaN after a run has stopped.
+    Returns:
+        The shape of ``losses`` without its first axis.
+    """
+    tail = losses[-max(len(losses) // 5, 1) :]
+    return np.asarray(~(tail.mean(axis=0) < (1 + DIVERGENCE) * losses[0]))
+
+
+def batches(size: int, batch_size: int, seed: int) -> Iterator[Tensor]:
+    """Yield the indices of one batch after another, each epoch in a new order; an incomplete batch is dropped."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         order: Tensor = torch.randperm(size, generator=generator)
