@@ -482,7 +482,7 @@ def specs(draw: st.DrawFn) -> Transformer:
     closure=st.sampled_from([*CLOSURES.values(), Annealed(score_path=False)]),
 )
 def test_laws_of_plain_residual_streams(spec: Transformer, n: int, q: float, position: float, closure: Closure) -> None:
-    low = 0.0 if closure.name == "uniform_large_n" else -q / (n - 1)
+    low = 0.0 if closure.name in ("uniform_large_n", "random_energy") else -q / (n - 1)  # of infinitely many tokens
     profile = predict(spec, n_tokens=n, q=q, p=low + position * (q - low), closure=closure)
     assert np.all(np.isfinite(profile.apjn_log))
     assert np.all(np.abs(profile.p) <= profile.q * (1 + 1e-9))
@@ -570,9 +570,35 @@ def test_matrices_that_are_no_attention_are_refused(attention: FloatArray, messa
         propagate_gram(build(), np.eye(4), closure=Uniform(), attention=attention)
 
 
-def test_closures_without_a_gram_form_are_refused() -> None:
-    with pytest.raises(NotCoveredError, match="'uniform_large_n' has no Gram form; accepted: uniform, annealed"):
-        propagate_gram(build(), np.eye(4), closure=CLOSURES["uniform_large_n"])
+@pytest.mark.parametrize("coupling", [0.3, 2.5])
+def test_the_exact_closure_on_a_gram_matrix_of_equal_tokens_is_itself(coupling: float) -> None:
+    spec = with_field(build(norm=LayerNorm(), n_layers=3), "query", coupling)
+    for cosine in (0.0, 0.4, 0.95):
+        equal = predict(spec, n_tokens=12, q=1.3, p=1.3 * cosine, closure="exact")
+        full = predict(spec, gram=1.3 * (cosine + (1 - cosine) * np.eye(12)), closure="exact")
+        for name in ("q", "p", "apjn_log", "gradient_log", "apjn_forward_log", "gradient_alignment"):
+            # Orthogonal rows take their score path from rows of correlation 1e-3.
+            rtol = 1e-8 if name in ("q", "p") else 1e-4
+            np.testing.assert_allclose(full.curves[name], equal.curves[name], rtol=rtol, atol=1e-9, err_msg=name)
+
+
+def test_late_rows_of_causal_attention_are_those_of_full_attention() -> None:
+    spec = with_field(build(norm=LayerNorm(), n_layers=1), "query", 2.0)
+    gram = 0.3 + 0.7 * np.eye(64)
+    full, causal = (
+        propagate_gram(described, gram, closure=CLOSURES["exact"]) for described in (spec, with_field_causal(spec))
+    )
+    np.testing.assert_allclose(full.added[0][-1, -1], causal.added[0][-1, -1], rtol=1e-6)
+    np.testing.assert_allclose(full.added[0][-1, -2], causal.added[0][-1, -2], rtol=2e-3)
+
+
+def with_field_causal(spec: Transformer) -> Transformer:
+    def mask(sublayer: Sublayer) -> Sublayer:
+        if isinstance(sublayer.branch, SelfAttention):
+            return dataclasses.replace(sublayer, branch=dataclasses.replace(sublayer.branch, causal=True))
+        return sublayer
+
+    return spec.map_sublayers(mask)
 
 
 def test_fixed_attention_is_the_closure_it_equals() -> None:

@@ -18,7 +18,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from fathometer.attention import DEFAULT_CLOSURE, Annealed, Closure, Uniform, UniformMixing, closure, mixing
+from fathometer.attention import DEFAULT_CLOSURE, Annealed, Closure, Exact, Uniform, UniformMixing, closure, mixing
 from fathometer.kernels import PairKernel, activation_kernel
 from fathometer.models import ReferenceTransformer, draw_weights, reference_network, tokens_with_gram
 from fathometer.observables import backward, predict
@@ -216,18 +216,20 @@ def count_oneself(patch: pytest.MonkeyPatch) -> None:
         factor = n_tokens / (n_tokens - 1)
         return right._replace(jk=right.jk * factor, kj=right.kj / factor)
 
-    patch.setattr(Annealed, "value_path", lambda self, n, statistics: wrong(n, statistics))
+    for kind in (Annealed, Exact):
+        patch.setattr(kind, "value_path", lambda self, n, statistics: wrong(n, statistics))
 
 
 def close_score_path(patch: pytest.MonkeyPatch) -> None:
     """Let no gradient through the scores."""
-    right = Annealed.statistics
+    for kind in (Annealed, Exact):
+        right = kind.statistics
 
-    def wrong(self: Annealed, *arguments: Any, **options: Any) -> closure.AttentionStatistics:
-        found = right(self, *arguments, **options)
-        return found._replace(score=0 * found.score, score_pair=0 * found.score_pair)
+        def wrong(self: Any, *arguments: Any, right: Any = right, **options: Any) -> closure.AttentionStatistics:
+            found = right(self, *arguments, **options)
+            return found._replace(score=0 * found.score, score_pair=0 * found.score_pair)
 
-    patch.setattr(Annealed, "statistics", wrong)
+        patch.setattr(kind, "statistics", wrong)
     path = gram.GramHalfLayer._score_path
     patch.setattr(gram.GramHalfLayer, "_score_path", lambda self, *a: (path(self, *a)[0], 0.0))
 

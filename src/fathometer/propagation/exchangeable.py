@@ -71,11 +71,13 @@ class AttentionMap:
         """Return what the maps below need of the normed tokens."""
         coupling = effective_coupling(self.branch, x.q)
         variance = coupling * x.q * np.maximum(x.q - x.p, 0.0)
-        if not np.all(np.isfinite(variance)):  # the stream overflows, which is reported by whoever carries it
-            variance = np.where(np.isfinite(variance), variance, 0.0)
-        return Attending(
-            self.closure.statistics(self.n_tokens, variance, x.p / x.q, entropy=entropy), variance, coupling
-        )
+        correlation = x.p / x.q
+        if not (np.all(np.isfinite(variance)) and np.all(np.isfinite(correlation))):
+            # The stream overflows, which is reported by whoever carries it.
+            known = np.isfinite(variance) & np.isfinite(correlation)
+            variance, correlation = np.where(known, variance, 0.0), np.where(known, correlation, 0.0)
+        statistics = self.closure.statistics(self.n_tokens, variance, correlation, entropy=entropy)
+        return Attending(statistics, variance, coupling)
 
     def forward(self, x: Moments, known: Attending) -> Moments:
         """Map the moments of the normed tokens to those of the branch output."""

@@ -1,7 +1,7 @@
 """Masked-token modelling of handwritten digits by stacks of small BERT-like transformers.
 
-Every image is a sequence of 16 tokens: its 2 x 2 patches, each named by the darkness of its two halves in four levels. A
-quarter of the tokens is hidden behind a mask token and to be guessed from what is left and from where they stand. A
+Every image is a sequence of 16 tokens: its 2 x 2 patches, each named by the darkness of its two halves in four levels.
+A quarter of the tokens is hidden behind a mask token and to be guessed from what is left and from where they stand. A
 network that cannot tell tokens apart can do no better than the frequencies of tokens: the *unigram entropy* is the mark
 to beat.
 """
@@ -112,7 +112,7 @@ class StackedMaskedModel(nn.Module):
         return self.stack.n_networks
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Map token numbers ``(batch, n_tokens)``, shown to every network, to ``(n_networks, n_symbols, batch * n)``."""
+        """Map token numbers ``(batch, n)``, shown to every network, to logits ``(n_networks, n_symbols, batch * n)``."""
         batch, n_tokens = ids.shape
         stream = self.embed[:, :, ids.flatten()] + self.positions.repeat(1, 1, batch)
         stream = self.stack.advance(stream, n_tokens)
