@@ -21,9 +21,9 @@ from fathometer.diagnosis.thresholds import DEFAULT_THRESHOLDS, Thresholds
 from fathometer.errors import DomainError, NotCoveredError
 from fathometer.measurement import Measurement, observe
 from fathometer.models.reading import ModelReading
-from fathometer.observables import predict
+from fathometer.observables import attention_temperature, predict
 from fathometer.results import Profile
-from fathometer.spec import to_dict
+from fathometer.spec import SelfAttention, to_dict
 
 FloatArray = NDArray[np.float64]
 _MAX_GRAM_SAMPLES = 2
@@ -90,7 +90,7 @@ def diagnose(
         comparison=None if theory is None else compare(found.profile, theory, width=width),
         findings=findings,
         remedies=cures,
-        about=_about(found, averaging, thresholds),
+        about=_about(found, theory, averaging, thresholds),
     )
 
 
@@ -179,13 +179,30 @@ def _skips(reading: ModelReading | None) -> FloatArray | None:
     return np.array([np.prod([float(part.sublayer.skip_scale) ** 2 for part in layer]) for layer in reading.layers])
 
 
-def _about(found: Measurement, closure: Closure, thresholds: Thresholds) -> dict[str, Any]:
+def _temperatures(reading: ModelReading, theory: Profile, n_tokens: int) -> dict[str, list[float]] | None:
+    """Return beta of every attention layer, and the one at which it would condense; ``None`` where none belongs.
+
+    Both count the tokens of the batch; a query that sees fewer keys condenses at a higher beta.
+    """
+    branches = [s.branch for block in reading.spec.layers() for s in block.sublayers]
+    attention = [branch for branch in branches if isinstance(branch, SelfAttention)]
+    ratio = theory.curves.get("condensation")
+    if n_tokens < 2 or ratio is None or any(branch.qk_norm for branch in attention) or not np.all(ratio > 0):
+        return None
+    betas = np.array([float(attention_temperature(branch, n_tokens)) for branch in attention])
+    return {"beta": betas.tolist(), "beta_critical": (betas / ratio).tolist()}
+
+
+def _about(found: Measurement, theory: Profile | None, closure: Closure, thresholds: Thresholds) -> dict[str, Any]:
     reading = found.reading
     return {
         **found.profile.about,
         "n_layers": len(found.stack),
         "closure": closure.name,
         "spec": None if reading is None else to_dict(reading.spec),
+        "temperatures": None
+        if reading is None or theory is None
+        else _temperatures(reading, theory, int(found.gram.shape[-1])),
         "other_stacks": list(found.other_stacks),
         "notes": list(found.notes),
         "thresholds": {key: float(value) for key, value in vars(thresholds).items()},

@@ -154,6 +154,8 @@ def closed_form(block: Block, n_tokens: int | None = None) -> dict[str, float]:
     """
     norms = [s.input_norm for s in block.sublayers]
     plain = all(float(s.skip_scale) == 1.0 and s.output_norm is None and s.stream_norm is None for s in block.sublayers)
+    if any(isinstance(s.branch, SelfAttention) and s.branch.centred for s in block.sublayers):
+        return {}
     biased = any(
         float(getattr(s.branch, name, 0.0)) != 0
         for s in block.sublayers

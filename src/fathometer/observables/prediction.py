@@ -91,9 +91,7 @@ def profile_of(trajectory: Trajectory | GramTrajectory) -> Profile:
             else 1 + entropy,
             "participation": _participation(trajectory.attention["inverse_participation"], trajectory.n_tokens),
             "logit_variance": trajectory.attention["logit_variance"],
-            "condensation": np.sqrt(
-                trajectory.attention["logit_variance"] / (2 * np.log(max(trajectory.n_tokens, 2)))
-            ),
+            "condensation": np.sqrt(trajectory.attention["logit_variance"] / (2 * np.log(max(trajectory.n_tokens, 2)))),
         }
     return Profile(source="theory", curves=curves, about=_about(trajectory))
 

@@ -40,6 +40,11 @@ def sizes_table(report: Report) -> list[tuple[str, str]]:
             value = ", ".join(map(str, value))
         if value not in (None, ""):
             rows.append((label, str(value)))
+    heat = about.get("temperatures")
+    if heat:
+        for which, at in (("first", 0), ("last", -1)):
+            beta, critical = (number(float(heat[key][at])) for key in ("beta", "beta_critical"))
+            rows.append((f"inverse temperature of attention, {which} block", f"{beta}; condenses at {critical}"))
     return rows
 
 

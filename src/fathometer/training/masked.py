@@ -2,8 +2,8 @@
 
 Every image is a sequence of 16 tokens: its 2 x 2 patches, each named by the darkness of its two halves in four levels.
 A quarter of the tokens is hidden behind a mask token and to be guessed from what is left and from where they stand. A
-network that cannot tell tokens apart can do no better than the frequencies of tokens: the *unigram entropy* is the mark
-to beat.
+network that cannot tell tokens apart can do no better than the frequencies of tokens: the *unigram entropy* is the
+mark to beat.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def load_patch_tokens() -> PatchTokens:
         MissingExtraError: if scikit-learn is not installed.
     """
     digits = load_digits()
-    halves = torch.cat([digits.train, digits.test]).unflatten(-1, (2, 2)).mean(dim=-2)  # left and right columns
+    halves = torch.cat([digits.train, digits.test]).view(-1, digits.train.shape[1], 2, 2).mean(dim=-2)  # two columns
     borders = torch.quantile(halves.flatten(), torch.arange(1, _LEVELS) / _LEVELS)
     levels = torch.bucketize(halves.contiguous(), borders)
     ids = _LEVELS * levels[..., 0] + levels[..., 1]
@@ -112,7 +112,7 @@ class StackedMaskedModel(nn.Module):
         return self.stack.n_networks
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Map token numbers ``(batch, n)``, shown to every network, to logits ``(n_networks, n_symbols, batch * n)``."""
+        """Map token numbers ``(batch, n)``, the same for all, to logits ``(n_networks, n_symbols, batch * n)``."""
         batch, n_tokens = ids.shape
         stream = self.embed[:, :, ids.flatten()] + self.positions.repeat(1, 1, batch)
         stream = self.stack.advance(stream, n_tokens)
@@ -165,7 +165,7 @@ def train_masked(
     failed = diverged(losses) | (frozen_at >= 0)
     with torch.no_grad():
         source = named_generator(seed, "test")
-        parts = [loss_on(part, source) for part in data.test.split(batch_size)]
+        parts = [loss_on(part, source) for part in torch.split(data.test, batch_size)]
     test = torch.stack(parts).mean(dim=0).double().numpy()
     return MaskedRun(
         losses=losses,
