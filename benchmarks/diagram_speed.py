@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 import fathometer as fm
 from fathometer.attention import Annealed
-from fathometer.observables import exponents, gradient_exponent, stable_state
+from fathometer.diagrams import measured_diagram
+from fathometer.observables import exponents, failure_modes, gradient_exponent, stable_state
+from fathometer.papers.failure_modes.architecture import network
 from fathometer.propagation import propagate_ends
 
 N_TOKENS, N_LAYERS, COUPLING = 256, 100, 1.0
@@ -96,6 +99,15 @@ def main() -> None:
     print(f"400 x 400 gradient exponent of 16 layers (tanh): {seconds:.3f} s")
     seconds, _ = timed(lambda: stable_state(wide, n_tokens=N_TOKENS), repeats=1)
     print(f"400 x 400 stable states and phases (tanh): {seconds:.3f} s")
+    spec = replace(architecture("tanh", 4, 2.0, 0.35), d_model=128)
+    axes = {"x": ("mlp_in", np.linspace(0.5, 8.0, 24)), "y": ("residual_strength", np.linspace(0.05, 0.9, 24))}
+    seconds, _ = timed(lambda: measured_diagram(spec, **axes, n_tokens=32, seeds=8), repeats=1)
+    print(f"24 x 24 angle exponents measured on 4608 networks (d = 128, 32 tokens, 4 layers): {seconds:.0f} s")
+    skips, betas = np.geomspace(0.1, 4.0, 256)[:, None], np.linspace(0.1, 4.0, 256)[None, :]
+    deep = network(d_model=256, n_layers=60, n_tokens=512, beta=betas, skip_scale=skips)
+    for closure in ("exact", "random_energy"):
+        seconds, _ = timed(lambda closure=closure: failure_modes(deep, n_tokens=512, closure=closure), repeats=2)
+        print(f"256 x 256 failure modes of 60 blocks, {closure} closure: {seconds:.1f} s")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,6 @@ def test_parts_of_a_grid_do_not_depend_on_memory(monkeypatch: pytest.MonkeyPatch
     assert np.all(np.abs(whole.values["angle_exponent"] - parts.values["angle_exponent"]) < 1)
 
 
-@pytest.mark.slow
 def test_angle_exponents_at_24_points_to_a_hundredth() -> None:
     x = ("mlp_in", np.linspace(1.0, 6.0, 6))
     y = ("mlp.residual_strength", np.array([0.1, 0.3, 0.5, 0.7]))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from fathometer.errors import SpecError, nearest
-from fathometer.papers import apjn
+from fathometer.papers import apjn, failure_modes, geometry
 from fathometer.papers.item import FULL, SIZES, SMALL, Item, Result, Size, Table
 
 #: Every item by name.
-ITEMS: dict[str, Item] = {item.name: item for item in apjn.ITEMS}
+ITEMS: dict[str, Item] = {item.name: item for item in (*apjn.ITEMS, *geometry.ITEMS, *failure_modes.ITEMS)}
 
 
 def find_item(name: str) -> Item:

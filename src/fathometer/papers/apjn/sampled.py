@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 from scipy.special import softmax
 
-from fathometer.attention import AttentionStatistics, ValuePath
-from fathometer.attention.closure import exact_value_path
+from fathometer.attention import AttentionStatistics, ValuePath, exact_value_path
 from fathometer.papers.item import FloatArray
 
 
