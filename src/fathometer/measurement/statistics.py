@@ -35,8 +35,9 @@ def row_statistics(scores: Tensor) -> dict[str, float]:
     """Return mean attention statistics of masked scores, shape ``(batch, heads, n_queries, n_keys)``.
 
     Keys: ``entropy`` (nats), ``entropy_relative`` (over the logarithm of the number of visible keys, rows that see
-        more than one), ``y2`` (mean of sum A^2), ``logit_variance`` (unbiased, over the visible keys of a row), ``condensation`` (root
-        of the mean of that over twice the logarithm of the number of visible keys, rows that see more than one).
+        more than one), ``y2`` (mean of sum A^2), ``logit_variance`` (unbiased, over the visible keys of a row),
+        ``condensation`` (root of the mean of that over twice the logarithm of the number of visible keys, rows that
+        see more than one).
     """
     scores = scores.float()
     visible = ~torch.isneginf(scores)

@@ -11,11 +11,9 @@ predict at infinite width.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
-from typing import Any, assert_never
+from typing import assert_never
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -38,10 +36,11 @@ from fathometer.spec import (
     SelfAttention,
     Sublayer,
     Transformer,
+    array_fields,
 )
 
-# Small enough that the theory's norms, which have none, describe any stream a float32 network can carry.
-_EPSILON = 1e-12
+#: Small enough that the theory's norms, which have none, describe any stream a float32 network can carry.
+EPSILON = 1e-12
 
 
 class DynamicTanh(nn.Module):
@@ -99,7 +98,7 @@ class ReferenceAttention(nn.Module):
         """Map tokens of shape ``(batch, n_tokens, d_model)`` to the same shape."""
         q, k, v = (self._heads(project(x)) for project in (self.query, self.key, self.value))
         if self.branch.qk_norm:
-            q, k = (F.rms_norm(t, (self.d_head,), eps=_EPSILON) for t in (q, k))
+            q, k = (F.rms_norm(t, (self.d_head,), eps=EPSILON) for t in (q, k))
         mixed = F.scaled_dot_product_attention(
             q,
             k,
@@ -224,7 +223,7 @@ def reference_network(
         SpecError: for fields that hold arrays, or heads that do not divide ``d_model``.
         NotCoveredError: for a user's numpy function, which torch cannot differentiate.
     """
-    _refuse_arrays(spec, "spec")
+    _refuse_arrays(spec)
     with torch.device("meta"):  # no memory, no default initialisation, no random numbers
         model = ReferenceTransformer(spec)
     model = model.to(dtype).to_empty(device=device)
@@ -312,9 +311,9 @@ def norm_module(norm: Norm | None, d_model: int) -> nn.Module:
         case None:
             return nn.Identity()
         case LayerNorm():
-            module = nn.LayerNorm(d_model, eps=_EPSILON, bias=False)
+            module = nn.LayerNorm(d_model, eps=EPSILON, bias=False)
         case RMSNorm():
-            module = nn.RMSNorm(d_model, eps=_EPSILON)
+            module = nn.RMSNorm(d_model, eps=EPSILON)
         case DyT():
             module = DynamicTanh(d_model)
         case Derf():
@@ -337,18 +336,12 @@ def _set_norms(model: ReferenceTransformer) -> None:
                         parameter.fill_(getattr(norm, "gain" if name == "weight" else name))
 
 
-def _refuse_arrays(value: Any, where: str) -> None:
-    if isinstance(value, np.ndarray):
+def _refuse_arrays(spec: Transformer) -> None:
+    for where, array in array_fields(spec):
         raise SpecError(
-            f"a network needs single numbers; {where} is an array of shape {value.shape}. "
-            "Build one network for each grid point."
+            f"a network needs single numbers; {where} is an array of shape {array.shape}. "
+            "Build a stack of networks, or one for each grid point."
         )
-    if isinstance(value, tuple):
-        for i, item in enumerate(value):
-            _refuse_arrays(item, f"{where}[{i}]")
-    elif dataclasses.is_dataclass(value):
-        for field in dataclasses.fields(value):
-            _refuse_arrays(getattr(value, field.name), f"{where}.{field.name}")
 
 
 def _not_differentiable(function: Pointwise) -> NotCoveredError:

@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from fathometer.errors import BatchError, DomainError, NotCoveredError, SpecError
 from fathometer.models.reference import (
-    _EPSILON,
+    EPSILON,
     ReferenceTransformer,
     activation_module,
     hidden_width,
@@ -45,6 +45,9 @@ from fathometer.spec import (
     SelfAttention,
     Sublayer,
     Transformer,
+    array_fields,
+    at_point,
+    batch_shape,
 )
 
 
@@ -101,7 +104,7 @@ class Standardise(torch.autograd.Function):
         return inner.mul_(inverse), product.sum(-1, keepdim=True) if ctx.needs_input_grad[1] else None, None, None
 
 
-def standardised(x: Tensor, gain: Tensor, *, centred: bool, epsilon: float = _EPSILON) -> Tensor:
+def standardised(x: Tensor, gain: Tensor, *, centred: bool, epsilon: float = EPSILON) -> Tensor:
     """Return :class:`Standardise` of ``x``: LayerNorm where ``centred``, else RMSNorm.
 
     Args:
@@ -276,7 +279,7 @@ class StackedAttention(StackedBranch):
         heads = heads.reshape(3, -1, d_model // self.n_heads, n_tokens)
         if self.qk_norm:
             paired = heads[:2]
-            paired = paired * torch.rsqrt(paired.square().mean(-2, keepdim=True) + _EPSILON)
+            paired = paired * torch.rsqrt(paired.square().mean(-2, keepdim=True) + EPSILON)
             heads = torch.cat((paired, heads[2:]))
         mixed: Tensor = Attend.apply(heads, self.multiplier, self.causal)  # type: ignore[no-untyped-call]
         mixed = mixed.view(n, self.n_heads, n_batch, -1, n_tokens).transpose(2, 3).reshape(x.shape)
@@ -367,15 +370,10 @@ class StackedTransformer(nn.Module):
         super().__init__()
         if isinstance(n_copies, bool) or not isinstance(n_copies, int) or n_copies < 1:
             raise DomainError(f"n_copies must be a positive integer; got {n_copies!r}", value=n_copies)
-        shapes = dict(_array_shapes(spec, "spec"))
-        try:
-            shape = np.broadcast_shapes(*shapes.values())
-        except ValueError:
-            found = ", ".join(f"{where} {shape}" for where, shape in shapes.items())
-            raise SpecError(f"the arrays of a spec must broadcast to one grid; got {found}") from None
+        shape = batch_shape(spec)
         if 0 in shape:
             raise SpecError(f"the grid of a spec must not be empty; got the shape {shape}")
-        for where in shapes:
+        for where, _ in array_fields(spec):
             if where.endswith(".ratio"):
                 raise SpecError(f"stacked networks need one width; {where} is an array")
         self.spec = spec
@@ -440,8 +438,7 @@ class StackedTransformer(nn.Module):
         if not 0 <= index < self.n_networks:
             raise DomainError(f"index must lie in [0, {self.n_networks - 1}]; got {index}", value=index)
         place = np.unravel_index(index // self.n_copies, self.grid_shape)
-        spec: Transformer = _at(self.spec, self.grid_shape, place)
-        return spec
+        return at_point(self.spec, self.grid_shape, place)
 
     def single(self, index: int) -> ReferenceTransformer:
         """Return a copy of one network as a plain module.
@@ -505,27 +502,3 @@ def stacked_network(
 def _bias_field(field: str) -> str:
     """Return the name of the bias scale beside a weight scale."""
     return f"{field.removeprefix('mlp_')}_bias"
-
-
-def _array_shapes(value: Any, where: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield place and shape of every array in a spec."""
-    if isinstance(value, np.ndarray):
-        yield where, value.shape
-    elif isinstance(value, tuple):
-        for i, item in enumerate(value):
-            yield from _array_shapes(item, f"{where}[{i}]")
-    elif dataclasses.is_dataclass(value):
-        for field in dataclasses.fields(value):
-            yield from _array_shapes(getattr(value, field.name), f"{where}.{field.name}")
-
-
-def _at(value: Any, shape: tuple[int, ...], place: tuple[Any, ...]) -> Any:
-    """Return a spec, or any part of one, at one point of its grid."""
-    if isinstance(value, np.ndarray):
-        return float(np.broadcast_to(value, shape)[place])
-    if isinstance(value, tuple):
-        return tuple(_at(item, shape, place) for item in value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: _at(getattr(value, f.name), shape, place) for f in dataclasses.fields(value)}
-        return dataclasses.replace(value, **fields)
-    return value

@@ -1,6 +1,6 @@
 """Transformers as data."""
 
-from fathometer.spec.batch import batch_shape, cut_aligned, sliced
+from fathometer.spec.batch import array_fields, at_point, batch_shape, cut_aligned, sliced
 from fathometer.spec.branches import ACTIVATIONS, MLP, Activation, Branch, GatedMLP, SelfAttention
 from fathometer.spec.fields import FIELDS, scaled_field, with_field
 from fathometer.spec.files import dumps_json, dumps_toml, from_dict, load, to_dict
@@ -30,6 +30,8 @@ __all__ = [
     "SelfAttention",
     "Sublayer",
     "Transformer",
+    "array_fields",
+    "at_point",
     "batch_shape",
     "cut_aligned",
     "dumps_json",

@@ -1,11 +1,12 @@
 """Does the diagram foretell which networks learn? A grid of small BERT-like models on a masked-token task.
 
-Post-norm transformers of 24 blocks at every point of (inverse temperature, skip strength) are trained together on masked
-patch tokens of handwritten digits, same batches, same rates. A network has *learned* if its test loss lies clearly below the
-entropy of the tokens' frequencies, which is all that a network can reach whose tokens have become one.
+Post-norm transformers of 24 blocks at every point of (inverse temperature, skip strength) are trained together on
+masked patch tokens of handwritten digits, same batches, same rates. A network has *learned* if its test loss lies
+clearly below the entropy of the tokens' frequencies, which is all that a network can reach whose tokens have become
+one.
 
-The prediction is made before training, for the actual number of tokens, by :func:`fathometer.observables.failure_modes`.
-Reported is the confusion matrix as found, over all seeds and both rates, and the area under the curve of the final loss.
+The prediction is made before training, for the actual number of tokens, by
+:func:`fathometer.observables.failure_modes`. Reported is the confusion matrix as found, over all seeds and both rates.
 """
 
 from __future__ import annotations
