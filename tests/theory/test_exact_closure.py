@@ -16,8 +16,8 @@ from fathometer.attention.corrections import cosine_heterogeneity, few_head_aver
 from fathometer.attention.exact import Exact
 from fathometer.attention.random_energy import (
     RandomEnergy,
+    condensation,
     critical_beta,
-    inverse_temperature,
     poisson_dirichlet_moment,
 )
 from fathometer.attention.softmax_rows import Resolution, RowAverages, pair_averages, row_averages
@@ -434,8 +434,8 @@ def test_entropy_of_the_random_energy_model_is_joined() -> None:
 def test_random_energy_by_formula() -> None:
     assert critical_beta(1.0, 0.0) == pytest.approx(math.sqrt(2))
     assert list(critical_beta(1.0, np.array([0.5, 1.0, 1.0 + 1e-15]))) == [2.0, math.inf, math.inf]
-    assert inverse_temperature(2 * math.log(50), 50) == pytest.approx(1.0)
-    assert inverse_temperature(1.0, 1) == math.inf
+    assert condensation(2 * math.log(50), 50) == pytest.approx(1.0)
+    assert condensation(1.0, 1) == math.inf
     m = 0.4
     assert poisson_dirichlet_moment(1, m) == pytest.approx(1.0)
     assert poisson_dirichlet_moment(2, m) == pytest.approx(1 - m)

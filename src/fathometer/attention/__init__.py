@@ -1,5 +1,6 @@
 """Averages over the softmax: closures for exchangeable tokens, mixings for full Gram matrices."""
 
+from fathometer.attention.along_cosine import AlongCosine, along_cosine
 from fathometer.attention.closure import (
     Annealed,
     AttentionStatistics,
@@ -16,8 +17,8 @@ from fathometer.attention.mixing import AnnealedMixing, FixedMixing, Mixing, Uni
 from fathometer.attention.named import CLOSURES, DEFAULT_CLOSURE, as_closure
 from fathometer.attention.random_energy import (
     RandomEnergy,
+    condensation,
     critical_beta,
-    inverse_temperature,
     poisson_dirichlet_moment,
 )
 from fathometer.attention.score_path import ScorePath
@@ -26,6 +27,7 @@ from fathometer.attention.softmax_rows import PairAverages, RowAverages, pair_av
 __all__ = [
     "CLOSURES",
     "DEFAULT_CLOSURE",
+    "AlongCosine",
     "Annealed",
     "AnnealedMixing",
     "AttentionStatistics",
@@ -43,12 +45,13 @@ __all__ = [
     "UniformMixing",
     "ValuePath",
     "Visibility",
+    "along_cosine",
     "as_closure",
+    "condensation",
     "cosine_heterogeneity",
     "critical_beta",
     "exact_value_path",
     "few_head_average",
-    "inverse_temperature",
     "matched",
     "pair_averages",
     "poisson_dirichlet_moment",

@@ -8,8 +8,10 @@ gets the :math:`\beta'_{ab}` at which annealed weights on exchangeable keys have
           x_{ab} = \beta_{ab} \times \text{spread of the keys seen by both},
 
 with Y the closure's average at the variances and the correlation of the two rows' scores. On exchangeable tokens this
-is the closure itself. The gradient through the scores is that of uniform weights times the closure's factor for the
-pair of queries. Under a causal mask n is the larger of the two numbers of keys. Derived in the documentation.
+is the closure itself, for closures of a finite number of tokens. The gradient through the scores is that of uniform
+weights times the closure's factor for the pair of queries. Under a causal mask n is the larger of the two numbers of
+keys; closures are evaluated at powers of two and interpolated in ln n, which errs by up to 4 % of the score path at
+variances above 6. Derived in the documentation.
 """
 
 from __future__ import annotations
@@ -34,11 +36,11 @@ class Matched:
     """What the mixing and the score path of one layer take from a closure.
 
     Attributes:
-        temperature: ``beta' / beta`` for every pair of queries, shape ``(..., n, n)``.
+        beta_factor: ``beta' / beta`` for every pair of queries, shape ``(..., n, n)``.
         score: Factor on the score path of uniform weights, same shape.
     """
 
-    temperature: FloatArray
+    beta_factor: FloatArray
     score: FloatArray
 
 
@@ -63,14 +65,14 @@ def matched(closure: Closure, visible: Visibility, scores: FloatArray, coupling:
     correlation = np.clip(covariance / np.maximum(variance, 1e-300), -1.0, 1.0)
     correlation = np.where(np.abs(correlation) < _SMALL, _SMALL, correlation)
     if visible.causal:
-        temperature, score = _between_counts(closure, n, variance, correlation)
+        beta_factor, score = _between_counts(closure, n, variance, correlation)
     else:
-        temperature, score = _factors(closure, float(n[0]), variance, correlation)
+        beta_factor, score = _factors(closure, float(n[0]), variance, correlation)
     rows = closure.statistics(n, own, 0.0 * own, entropy=False)
     index = np.arange(len(n))
-    temperature[..., index, index] = _temperature(rows.y2, n, own)
+    beta_factor[..., index, index] = _beta_factor(rows.y2, n, own)
     score[..., index, index] = np.where(n > 1, rows.score * n**2 / np.maximum(n - 1, 1.0), 1.0)
-    return Matched(temperature, score)
+    return Matched(beta_factor, score)
 
 
 def _between_counts(
@@ -94,12 +96,13 @@ def _factors(
 ) -> tuple[FloatArray, FloatArray]:
     found = closure.statistics(n, variance, correlation, entropy=False)
     score = np.broadcast_to(found.score_pair * n**2 / max(n - 1, 1), variance.shape).copy()
-    return _temperature(found.y12, n, variance * correlation), score
+    return _beta_factor(found.y12, n, variance * correlation), score
 
 
-def _temperature(overlap: Any, n: Any, covariance: FloatArray) -> FloatArray:
+def _beta_factor(overlap: Any, n: Any, covariance: FloatArray) -> FloatArray:
     """Return the factor on the exponent at which annealed weights on n equal keys have an overlap."""
-    inside = np.clip(overlap, _MARGIN, 1 - _MARGIN)
+    uniform = 1 / np.maximum(n, 1)  # in place of the zero of a limit n -> infinity
+    inside = np.clip(np.where(overlap > 0, overlap, uniform), _MARGIN, 1 - _MARGIN)
     exponent = np.log(np.maximum(n - 1, _MARGIN) * inside / (1 - inside))
     plain = (np.abs(covariance) < 1e-9) | (n == 1)
     return np.asarray(np.where(plain, 1.0, exponent / np.where(plain, 1.0, covariance)))

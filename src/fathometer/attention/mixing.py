@@ -122,15 +122,15 @@ class AnnealedMixing:
         visible: Which keys each query sees.
         score_gram: The matrix C, shape ``(..., n, n)``.
         coupling: sigma_QK^2.
-        temperature: Factor on beta, a number or one for each pair of queries.
+        beta_factor: Factor on beta, a number or one for each pair of queries.
     Raises:
         NotCoveredError: if the exponents spread by more than 60, far outside the range where annealing is valid.
     """
 
-    def __init__(self, visible: Visibility, score_gram: FloatArray, coupling: Any, *, temperature: Any = 1.0) -> None:
+    def __init__(self, visible: Visibility, score_gram: FloatArray, coupling: Any, *, beta_factor: Any = 1.0) -> None:
         self.visible = visible
         top = np.max(score_gram, axis=(-2, -1), keepdims=True)
-        beta = coupling * score_gram * temperature
+        beta = coupling * score_gram * beta_factor
         low, high = float(np.min(beta)), float(np.max(beta))
         width = float(np.max(top - np.min(score_gram, axis=(-2, -1), keepdims=True)))
         spread = max(high, -low) * width

@@ -30,16 +30,18 @@ def critical_beta(q: Any, p: Any) -> Any:
     the tokens that attention receives.
 
     Raises:
-        DomainError: if a second moment ``q`` is not positive and finite.
+        DomainError: if a second moment ``q`` is not positive and finite, or an overlap exceeds it.
     """
     q, p = np.asarray(q, dtype=np.float64), np.asarray(p, dtype=np.float64)
     if not np.all((q > 0) & np.isfinite(q)):
         raise DomainError(f"second moments must be positive and finite; got {q}", value=q)
+    if not np.all(np.abs(p) <= q * (1 + 1e-9)):
+        raise DomainError(f"overlaps must lie in [-q, q]; got {p}", value=p)
     room = q * np.maximum(q - p, 0.0)
     return np.where(room > 0, np.sqrt(2 / np.where(room > 0, room, 1.0)), np.inf)[()]
 
 
-def inverse_temperature(variance: Any, n_keys: Any) -> Any:
+def condensation(variance: Any, n_keys: Any) -> Any:
     r"""Return ``b = \sqrt{v/(2 \ln n)}``, in units of the critical one; infinite for a single key.
 
     Raises:
@@ -98,8 +100,8 @@ class RandomEnergy:
         Raises:
             DomainError: if there is no token, the variance is negative or not finite, or the correlation not one.
         """
-        check_scores(n_tokens, variance, correlation)
-        b = np.asarray(inverse_temperature(variance, n_tokens))
+        check_scores(n_tokens, variance, correlation, rounding=1e-9)
+        b = np.asarray(condensation(variance, n_tokens))
         b = np.broadcast_to(b, np.broadcast_shapes(b.shape, np.shape(correlation)))
         m = 1 / np.maximum(b, 1.0)
         zero = 0.0 * m

@@ -1,9 +1,11 @@
-"""``fathometer prescribe``: the alpha or branch scale a depth asks for."""
+"""``fathometer prescribe``: the alpha or branch scale a depth asks for, or an initialisation scheme as a table."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator, Sequence
+from itertools import groupby, pairwise
 from typing import Annotated, Any
 
 import typer
@@ -23,15 +25,54 @@ def prescribe(
     ] = None,
     depths: Annotated[str, typer.Option(help="Depths, separated by commas.")] = "12,24,48,96,128",
     tokens: Annotated[int, typer.Option(help="Number of tokens.")] = 196,
-    q: Annotated[float, typer.Option(help="Mean square of a token at the first block.")] = 0.27,
-    p: Annotated[float, typer.Option(help="Mean overlap of two tokens there.")] = 0.11,
+    q: Annotated[
+        float | None,
+        typer.Option(help="Mean square of a token at the first block; 0.27 by default, 1 for schemes."),
+    ] = None,
+    p: Annotated[
+        float | None, typer.Option(help="Mean overlap of two tokens there; 0.11 by default, 0.4 q for schemes.")
+    ] = None,
     closure: Annotated[str, typer.Option(help="How the softmax is averaged.")] = "exact",
+    scheme: Annotated[
+        str | None, typer.Option(help="Print what this initialisation scheme sets instead: deepscalelm, gpt2, ...")
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Print what theory says of every scheme instead, without dropout.")
+    ] = False,
+    layers: Annotated[int | None, typer.Option(help="Of a scheme: number of blocks, by default the spec's.")] = None,
+    k: Annotated[float | None, typer.Option(help="Of deepscalelm: beta^2 = k / N^alpha.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Of deepscalelm and ds-init: its alpha.")] = None,
+    count: Annotated[str | None, typer.Option(help="Of deepscalelm: what N counts, layers or blocks.")] = None,
+    dropout: Annotated[float | None, typer.Option(help="Of deepscalelm: rate of the dropout.")] = None,
+    r0: Annotated[
+        float | None, typer.Option(help="Of deepscalelm: cosine of two embeddings, by default p / q.")
+    ] = None,
+    reference: Annotated[bool, typer.Option("--reference", help="Of deepscalelm: the published recurrence.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Solve for the one number that gives each depth the gradients, or the growth, one wants."""
+    """Solve for the one number that gives each depth the gradients one wants, or print initialisation schemes."""
     from fathometer.prescription import solve_field
+    from fathometer.propagation import check_moments
 
     described = _with_norm(_load(spec), norm)
+    options = {"k": k, "alpha": alpha, "count": count, "dropout": dropout, "r0": r0, "reference": reference or None}
+    given = {name: option for name, option in options.items() if option is not None}
+    if scheme is not None or compare:
+        q = 1.0 if q is None else q
+        p = 0.4 * q if p is None else p
+        if scheme is not None and compare:
+            raise SpecError("--scheme prints one scheme and --compare all of them; give one")
+        check_moments(tokens, q, p)
+        described = described if layers is None else described.with_depth(layers)
+        if scheme is None:
+            _print_comparison(spec, described, tokens=tokens, q=q, p=p, options=given, as_json=as_json)
+        else:
+            _print_scheme(spec, described, scheme, tokens=tokens, cosine=p / q, options=given, as_json=as_json)
+        return
+    if layers is not None or given:
+        named = ["layers"] * (layers is not None) + list(given)
+        raise SpecError(f"--{named[0]} belongs to --scheme or --compare")
+    q, p = 0.27 if q is None else q, 0.11 if p is None else p
     rows: list[dict[str, Any]] = []
     for depth in _depths(depths):
         found = solve_field(
@@ -61,7 +102,95 @@ def prescribe(
         table.add_row(
             *(f"{item:.4g}" if isinstance(item, float) else "-" if item is None else str(item) for item in row.values())
         )
-    Console().print(table)
+    Console(emoji=False).print(table)
+
+
+def _print_scheme(
+    title: str, spec: Any, scheme: str, *, tokens: int, cosine: float, options: dict[str, Any], as_json: bool
+) -> None:
+    from fathometer.prescription import apply_scheme, scheme_options
+
+    known = scheme_options(scheme)
+    usual = {"n_tokens": tokens, "r0": max(cosine, 0.0)}
+    plan = apply_scheme(spec, scheme, **{name: usual[name] for name in usual if name in known} | options)
+    if as_json:
+        print(json.dumps(plan.to_dict(), indent=1, allow_nan=False))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{title}: {scheme}, {spec.n_layers} layers")
+    for heading in ("layers", "sublayer", "weight", "std", "scale", "skip", "branch", "why"):
+        table.add_column(heading, justify="left" if heading in ("weight", "why") else "right")
+    places = list(dict.fromkeys((row.layer, row.sublayer) for row in plan.rows))
+    factors = dict(zip(places, plan.residual, strict=True))
+    for roles, group in _groups(plan.rows, factors):
+        first, last = group[0], group[-1]
+        spans = [
+            (first.std, last.std),
+            (first.scale, last.scale),
+            *zip(factors[first.layer, first.sublayer], factors[last.layer, last.sublayer], strict=True),
+        ]
+        table.add_row(
+            f"{first.layer}" if first is last else f"{first.layer}-{last.layer}",
+            str(first.sublayer),
+            roles,
+            *(f"{a:.4g}" if math.isclose(a, b) else f"{a:.4g} .. {b:.4g}" for a, b in spans),
+            first.reason,
+        )
+    console = Console(emoji=False)
+    console.print(table)
+    for note in plan.notes:
+        console.print(f"- {note}", highlight=False)
+
+
+def _groups(
+    rows: Sequence[Any], factors: dict[tuple[int, int], tuple[float, float]]
+) -> Iterator[tuple[str, list[Any]]]:
+    """Yield the names of equal matrices and their rows over runs of equal layers, or over quarters of many runs."""
+    by_matrix: dict[tuple[int, str], list[Any]] = {}
+    for row in rows:
+        by_matrix.setdefault((row.sublayer, row.role), []).append(row)
+    alike: dict[Any, list[str]] = {}
+    for (sublayer, role), matrix in by_matrix.items():
+        values = tuple((row.layer, row.std, row.scale, row.reason) for row in matrix)
+        alike.setdefault((sublayer, values), []).append(role)
+    for (sublayer, _), roles in alike.items():
+        matrix = by_matrix[sublayer, roles[0]]
+        runs = [
+            list(run) for _, run in groupby(matrix, lambda row: (row.std, row.reason, factors[row.layer, row.sublayer]))
+        ]
+        if len(runs) > 4:
+            bounds = [round(i * len(matrix) / 4) for i in range(5)]
+            runs = [matrix[low:high] for low, high in pairwise(bounds)]
+        for run in runs:
+            yield ", ".join(roles), run
+
+
+def _print_comparison(
+    title: str, spec: Any, *, tokens: int, q: float, p: float, options: dict[str, Any], as_json: bool
+) -> None:
+    from fathometer.prescription import compare_schemes
+
+    compared = compare_schemes(spec, n_tokens=tokens, q=q, p=p, **options)
+    if as_json:
+        print(json.dumps(compared.to_dict(), indent=1, allow_nan=False))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{title}: schemes at {spec.n_layers} layers, {tokens} tokens, q = {q:g}, p = {p:g}")
+    columns = ("q_final", "q_spread", "apjn_log", "gradient_log", "cosine_final", "largest_step")
+    for heading in ("scheme", "q out", "max/min q", "ln J", "ln pooled gradient", "cosine out", "largest step"):
+        table.add_column(heading, justify="left" if heading == "scheme" else "right")
+    console = Console(emoji=False)
+    for row in compared.rows:
+        if row.status == "ok":
+            table.add_row(row.scheme, *(f"{getattr(row, column):.4g}" for column in columns))
+    console.print(table)
+    for row in compared.rows:
+        if row.status != "ok":
+            console.print(f"- {row.scheme}: {row.status}. {row.reason}", highlight=False)
 
 
 def _load(name: str) -> Any:

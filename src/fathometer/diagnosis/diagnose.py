@@ -21,7 +21,7 @@ from fathometer.diagnosis.thresholds import DEFAULT_THRESHOLDS, Thresholds
 from fathometer.errors import DomainError, NotCoveredError
 from fathometer.measurement import Measurement, observe
 from fathometer.models.reading import ModelReading
-from fathometer.observables import attention_temperature, predict
+from fathometer.observables import attention_beta, predict
 from fathometer.results import Profile
 from fathometer.spec import SelfAttention, to_dict
 
@@ -189,7 +189,7 @@ def _temperatures(reading: ModelReading, theory: Profile, n_tokens: int) -> dict
     ratio = theory.curves.get("condensation")
     if n_tokens < 2 or ratio is None or any(branch.qk_norm for branch in attention) or not np.all(ratio > 0):
         return None
-    betas = np.array([float(attention_temperature(branch, n_tokens)) for branch in attention])
+    betas = np.array([float(attention_beta(branch, n_tokens)) for branch in attention])
     return {"beta": betas.tolist(), "beta_critical": (betas / ratio).tolist()}
 
 

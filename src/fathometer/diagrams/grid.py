@@ -56,7 +56,7 @@ class Diagram:
         x, y: The axes.
         values: Observable to array of shape ``(len(y), len(x))``; phases are strings.
         errors: Standard errors over weight draws where measured.
-        status: Observable to ``"ok"``, ``"overflow"``, ``"no fixed point"`` or, where measured, ``"diverged"``, same
+        status: Observable to ``"ok"``, ``"overflow"``, ``"vanished"``, ``"infinite"`` or ``"no fixed point"``, same
             shape; only where it is ``"ok"`` does the value mean something.
         source: ``"theory"`` or ``"measurement"``.
         about: Spec, tokens, closure, versions.

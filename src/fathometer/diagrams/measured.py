@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from fathometer._version import __version__
 from fathometer.diagrams.grid import Axis, Diagram
+from fathometer.diagrams.observables import Tokens
 from fathometer.diagrams.predicted import on_grid
 from fathometer.errors import DomainError, SpecError, nearest
-from fathometer.observables import fixed_norm, last_block
 from fathometer.spec import MLP, GatedMLP, Transformer, to_dict, with_field
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def measured_diagram(
     device: str = "cpu",
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Diagram:
-    """Measure an observable on networks at every point of two fields.
+    """Measure an observable on networks at every point of two fields. Causal masks are dropped, as in the theory.
 
     Args:
         spec: The transformer; its depth and width are those of the networks.
@@ -64,13 +64,15 @@ def measured_diagram(
         raise SpecError(f"a measured diagram has no observable {observable!r}{nearest(observable, MEASURED)}")
     if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
         raise DomainError(f"seeds must be a positive integer; got {seeds!r}", value=seeds)
+    if n_tokens < 2:
+        raise DomainError(f"n_tokens must be >= 2; got {n_tokens}", value=n_tokens)
+    if q is not None and not (np.isfinite(q) and q > 0):
+        raise DomainError(f"q must be positive and finite; got {q}", value=q)
+    tokens = Tokens(n_tokens=n_tokens, cosine=cosine, q=q)
     axes = Axis.of(x), Axis.of(y)
-    grid = on_grid(spec, *axes)
+    grid = on_grid(spec.bidirectional(), *axes)
     shape = (axes[1].values.size, axes[0].values.size)
-    start = fixed_norm(last_block(grid, n_tokens, "uniform"), 1.0) if q is None else np.float64(q)
-    if not np.all(np.isfinite(start) & (start > 0)):
-        raise DomainError("the norm of the stream grows for ever or dies out: give the second moment q of the tokens")
-    levels = np.broadcast_to(start, shape).ravel()
+    levels = np.broadcast_to(tokens.start(grid), shape).ravel()
     samples = np.empty((levels.size, seeds))
     for part, points in _parts(grid, axes, seeds):
         samples[part] = _measured(

@@ -10,8 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fathometer.attention import DEFAULT_CLOSURE, Closure, as_closure
-from fathometer.errors import DomainError
-from fathometer.observables import exponents, failure_modes, fixed_norm, last_block, stable_state
+from fathometer.observables import exponents, failure_modes, stable_state, starting_norm
 from fathometer.propagation import Ends, check_moments, propagate_ends
 from fathometer.spec import Transformer
 
@@ -44,11 +43,7 @@ class Tokens:
         """
         q: Any = self.q
         if q is None:
-            q = fixed_norm(last_block(spec, self.n_tokens, self.closure), 1.0)
-            if not np.all(np.isfinite(q) & (q > 0)):
-                raise DomainError(
-                    "the norm of the stream grows for ever or dies out: give the second moment q of the tokens"
-                )
+            q = starting_norm(spec, self.n_tokens, self.closure)
         return q
 
     def ends(self, spec: Transformer) -> Ends:
@@ -63,8 +58,8 @@ class Tokens:
         )
 
 
-class Field(NamedTuple):
-    """Values of a grid and a status for every point: ``"ok"``, ``"overflow"`` or ``"no fixed point"``."""
+class Mapped(NamedTuple):
+    """Values of a grid and a status for every point, as in :class:`fathometer.diagrams.Diagram`."""
 
     values: NDArray[Any]
     status: NDArray[np.str_]
@@ -84,40 +79,41 @@ class Observable:
     label: str
     unit: str
     is_signed: bool
-    compute: Callable[[Transformer, Tokens], Field]
+    compute: Callable[[Transformer, Tokens], Mapped]
 
 
-def _exponent(name: str, state: str = "collapsed") -> Callable[[Transformer, Tokens], Field]:
-    def compute(spec: Transformer, tokens: Tokens) -> Field:
+def _exponent(name: str, state: str = "collapsed") -> Callable[[Transformer, Tokens], Mapped]:
+    def compute(spec: Transformer, tokens: Tokens) -> Mapped:
         found = exponents(spec, n_tokens=tokens.n_tokens, closure=tokens.closure, state=state)
-        return Field(getattr(found, name), found.status)
+        values = getattr(found, name)
+        return Mapped(values, np.where(np.isneginf(values), "infinite", found.status))
 
     return compute
 
 
-def _end(read: Callable[[Ends, Transformer], NDArray[np.float64]]) -> Callable[[Transformer, Tokens], Field]:
-    def compute(spec: Transformer, tokens: Tokens) -> Field:
+def _end(read: Callable[[Ends, Transformer], NDArray[np.float64]]) -> Callable[[Transformer, Tokens], Mapped]:
+    def compute(spec: Transformer, tokens: Tokens) -> Mapped:
         ends = tokens.ends(spec)
         with np.errstate(invalid="ignore"):
-            return Field(read(ends, spec), ends.status)
+            return Mapped(read(ends, spec), ends.status)
 
     return compute
 
 
-def _stable(name: str) -> Callable[[Transformer, Tokens], Field]:
-    def compute(spec: Transformer, tokens: Tokens) -> Field:
+def _stable(name: str) -> Callable[[Transformer, Tokens], Mapped]:
+    def compute(spec: Transformer, tokens: Tokens) -> Mapped:
         found = stable_state(spec, n_tokens=tokens.n_tokens, closure=tokens.closure)
-        return Field(getattr(found, name), np.where(found.phase == "none", "no fixed point", "ok"))
+        return Mapped(getattr(found, name), np.where(found.phase == "none", "no fixed point", "ok"))
 
     return compute
 
 
-def _failure(name: str) -> Callable[[Transformer, Tokens], Field]:
-    def compute(spec: Transformer, tokens: Tokens) -> Field:
+def _failure(name: str) -> Callable[[Transformer, Tokens], Mapped]:
+    def compute(spec: Transformer, tokens: Tokens) -> Mapped:
         found = failure_modes(
             spec, n_tokens=tokens.n_tokens, q=tokens.start(spec), cosine=tokens.cosine, closure=tokens.closure
         )
-        return Field(getattr(found, name), found.status)
+        return Mapped(getattr(found, name), found.status)
 
     return compute
 

@@ -26,7 +26,7 @@ def diagram(
     q: float | None = None,
     closure: Closure | str = DEFAULT_CLOSURE,
 ) -> Diagram:
-    """Map observables over two fields of a spec.
+    """Map observables over two fields of a spec. Causal masks are dropped: late positions obey the same theory.
 
     Args:
         spec: The transformer; its own numbers in the two fields do not matter.
@@ -49,6 +49,8 @@ def diagram(
     (3, 2)
     """
     names = (observable,) if isinstance(observable, str) else tuple(observable)
+    if not names:
+        raise SpecError("a diagram needs at least one observable")
     for name in names:
         if name not in OBSERVABLES:
             raise SpecError(f"a diagram has no observable {name!r}{nearest(name, OBSERVABLES)}")

@@ -33,6 +33,7 @@ from fathometer.spec.batch import cut_aligned
 TOLERANCE = 1e-8
 _INTERVALS = (32, 64, 128, 256, 512, 1024)
 _DEGREE = 5
+_LARGEST = 1e8  # sharper functions need more intervals than the finest table has
 _SOFTNESS = 0.3  # beta: 1/alpha^2 of the error function nearest to tanh, SiLU and GELU within a factor of two
 _CHECKED = 7  # second moments at which a table is compared with the kernel
 _ELEMENTARY = (ErfKernel, GELUKernel, IdentityKernel, ReLUKernel)
@@ -82,7 +83,7 @@ class FixedMomentKernel:
         kernel: What to evaluate.
         q: The second moment, a number or an array; overlaps asked for later broadcast with it.
     Raises:
-        ArithmeticError: if the finest table misses the tolerance.
+        ArithmeticError: if the finest table misses the tolerance, or a second moment is zero or huge.
     """
 
     def __init__(self, kernel: PairKernel, q: Moment) -> None:
@@ -131,6 +132,8 @@ class FixedMomentKernel:
 
     def _tabulate(self) -> tuple[SplineTable, SplineTable]:
         q = np.reshape(self.q, -1)
+        if not np.all((q > 0) & (q < _LARGEST)):
+            raise ArithmeticError(f"tables need second moments between 0 and {_LARGEST:g}")
         nodes, weights = _moment_nodes(q)
         units = np.stack([self._overlap_diagonal, self._slope_diagonal]).reshape(2, -1, 1)
         checked = np.unique(np.linspace(0, len(q) - 1, _CHECKED).astype(int))

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from fathometer.errors import DomainError, ModelError
 from fathometer.measurement.batches import as_batch
 from fathometer.measurement.layout import Layout
-from fathometer.measurement.measure import Report, observe
+from fathometer.measurement.measure import Report, check_count, observe
 from fathometer.measurement.sounding import BlockCall, first_layout, pull_back, record_calls
 from fathometer.measurement.untouched import untouched
 from fathometer.models.redraw import redrawn
@@ -97,6 +97,7 @@ def measure_exponents(
     """
     if q is not None and not (np.isfinite(q) and q > 0):
         raise DomainError(f"q must be positive and finite; got {q}", value=q)
+    check_count("seeds", seeds)
     ready = as_batch(batch)
     found = observe(model, ready, seeds=1, seed=seed, blocks=blocks, forward=False, pooled=False)
     n_tokens = found.gram.shape[-1]

@@ -119,9 +119,8 @@ def observe(
     progress: Report | None = None,
 ) -> Measurement:
     """Do the work of :func:`measure` and return everything that was seen and read."""
-    for name, value in (("draws", draws), ("seeds", seeds)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ModelError(f"{name} must be a positive integer; got {value!r}")
+    check_count("draws", draws)
+    check_count("seeds", seeds)
     ready = as_batch(batch)
     check_weights(model)
     with untouched(model), warnings.catch_warnings():
@@ -184,6 +183,12 @@ def observe(
         other_stacks=tuple(s.label for s in stacks[1:]),
         notes=tuple(dict.fromkeys([*(note for s in soundings for note in s.notes), *_own_notes(soundings)])),
     )
+
+
+def check_count(name: str, value: Any) -> None:
+    """Refuse what is no number of draws."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ModelError(f"{name} must be a positive integer; got {value!r}")
 
 
 def _stacks(model: nn.Module, batch: Batch, blocks: str | Sequence[nn.Module] | None) -> list[Stack]:

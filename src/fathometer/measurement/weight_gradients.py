@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fathometer.errors import ModelError, NotCoveredError, SpecError, nearest
 from fathometer.measurement.batches import as_batch
 from fathometer.measurement.layout import Layout
-from fathometer.measurement.measure import Report, observe
+from fathometer.measurement.measure import Report, check_count, observe
 from fathometer.measurement.sounding import BlockCall, first_layout, record_calls
 from fathometer.measurement.untouched import untouched
 from fathometer.models.finding import Stack
@@ -93,6 +93,7 @@ def measure_weight_gradients(
     """
     if readout not in READOUTS:
         raise SpecError(f"there is no read-out {readout!r}{nearest(readout, READOUTS)}")
+    check_count("seeds", seeds)
     ready = as_batch(batch)
     found = observe(model, ready, seeds=1, seed=seed, blocks=blocks, forward=False, pooled=False)
     if found.reading is None:

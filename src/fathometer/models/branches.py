@@ -97,9 +97,11 @@ def leaving(branch: Branch, trace: Trace) -> tuple[Tensor, Norm | None, float, s
     """Follow the branch output through dropout, layer scale and output norm.
 
     Returns the tensor that reaches the residual sum, the norm, the rms gain of a layer scale, and the last module's
-    name.
+    name. A residual multiplier on the exit acts unseen by the trace and counts as such a gain.
     """
-    current, norm, gain, last = branch.exit.output, None, 1.0, branch.exit.name
+    current, norm, last = branch.exit.output, None, branch.exit.name
+    hooks = branch.exit.module._forward_hooks.values()
+    gain = math.prod(float(getattr(hook, "residual_factor", 1.0)) for hook in hooks)
     if branch.exit.overwritten:
         raise NotCoveredError(f"the output of {branch.exit.name!r} is changed in place")
     position = next(i for i, event in enumerate(trace.events) if event is branch.exit)

@@ -14,7 +14,7 @@ from fathometer.observables.failure_modes import (
     MODES,
     Criteria,
     FailureModes,
-    attention_temperature,
+    attention_beta,
     condensing_context,
     critical_skip_scale,
     failure_modes,
@@ -28,6 +28,7 @@ from fathometer.observables.fixed_points import (
     fixed_points,
     last_block,
     stable_state,
+    starting_norm,
 )
 from fathometer.observables.growth import Growth, growth
 from fathometer.observables.jacobian import Gradients, backward, forward
@@ -48,7 +49,7 @@ __all__ = [
     "StableState",
     "WeightGradients",
     "angle_rate",
-    "attention_temperature",
+    "attention_beta",
     "backward",
     "condensing_context",
     "critical_skip_scale",
@@ -66,5 +67,6 @@ __all__ = [
     "predict",
     "profile_of",
     "stable_state",
+    "starting_norm",
     "weight_gradients",
 ]

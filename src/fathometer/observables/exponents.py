@@ -32,8 +32,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fathometer.attention import DEFAULT_CLOSURE, Closure, as_closure
-from fathometer.errors import DomainError, SpecError, nearest
-from fathometer.observables.fixed_points import StableState, angle_rate, exists, fixed_norm, last_block, stable_state
+from fathometer.errors import SpecError, nearest
+from fathometer.observables.fixed_points import (
+    StableState,
+    angle_rate,
+    exists,
+    fixed_norm,
+    last_block,
+    stable_state,
+    starting_norm,
+)
 from fathometer.observables.growth import rates
 from fathometer.observables.jacobian import backward
 from fathometer.propagation import Moments, propagate, propagate_ends
@@ -109,7 +117,7 @@ def exponents(
         closure: How the softmax is averaged. At collapse attention is uniform, and every closure agrees.
         state: Which fixed point: ``"collapsed"``, or the ``"stable"`` one.
     Returns:
-        The exponents. Cost: a handful of evaluations of one block; 30 more for the stable state.
+        The exponents. Cost: a handful of evaluations of one block; see :func:`stable_state` for the stable one.
     Raises:
         DomainError: for fewer than two tokens.
         SpecError: for an unknown state.
@@ -192,11 +200,7 @@ def gradient_exponent(
     """
     if readout not in READOUTS:
         raise SpecError(f"there is no read-out {readout!r}{nearest(readout, READOUTS)}")
-    start = fixed_norm(last_block(spec, n_tokens, closure), 1.0) if q is None else np.asarray(q, dtype=np.float64)
-    if q is None and not np.all(exists(start)):
-        raise DomainError(
-            "the norm of the stream grows for ever or dies out: give the second moment q of the tokens", value=np.inf
-        )
+    start = starting_norm(spec, n_tokens, closure) if q is None else np.asarray(q, dtype=np.float64)
     ends = propagate_ends(
         spec.bidirectional(), n_tokens=n_tokens, q=start, p=cosine * start, closure=as_closure(closure)
     )

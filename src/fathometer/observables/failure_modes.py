@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from fathometer.attention import DEFAULT_CLOSURE, Closure, as_closure
 from fathometer.errors import DomainError, SpecError, nearest
-from fathometer.propagation import Attending, Index, Moments, propagate_ends
+from fathometer.propagation import Attending, Index, Moments, check_moments, propagate_ends
 from fathometer.spec import SelfAttention, Transformer, batch_shape, with_field
 
 FloatArray = NDArray[np.float64]
@@ -70,7 +70,8 @@ class FailureModes:
     """How every point of a grid fails, or that it does not; arrays of the batch shape.
 
     Attributes:
-        mode: One of :data:`MODES`; entropy collapse first where both hold.
+        mode: One of :data:`MODES`; entropy collapse first where both hold. A stream that overflows is judged by its
+            last finite block, one that vanishes is ``"unknown"``.
         cosine: p/q after the last block.
         condensation, participation, entropy: b, ``E sum A^2`` and entropy over ``ln n`` of the first attention, or the
             most collapsed over all layers (criteria with ``anywhere``).
@@ -79,7 +80,7 @@ class FailureModes:
             it never does.
         log_gradient: ln J_0/J_L of isotropic output gradients.
         criteria: What was applied.
-        status: ``"ok"`` or ``"overflow"``.
+        status: ``"ok"``, ``"overflow"`` or ``"vanished"``.
     """
 
     mode: NDArray[np.str_]
@@ -138,8 +139,9 @@ def failure_modes(
     )
     values = {"condensation": condensation, "participation": participation, "entropy": -entropy}
     limit = -rules.limit if rules.entropy == "entropy" else rules.limit
-    mode = np.where(final >= 1 - rules.rank, MODES[1], MODES[0])
+    mode = np.where(seen.collapsed.reshape(shape), MODES[1], MODES[0])
     mode = np.where(values[rules.entropy] > limit, MODES[2], mode)
+    mode = np.where(ends.status == "vanished", "unknown", mode)
     return FailureModes(
         mode=mode,
         cosine=final,
@@ -168,6 +170,7 @@ class _Gathered:
         self.entropy = np.full(shape, np.inf)
         self.condensed = np.zeros(shape, dtype=np.int64)
         self.depth = np.full(shape, len(counts), dtype=np.int64)
+        self.collapsed = np.zeros(shape, dtype=np.bool_)
 
     def watch(self, index: Index, half: int, known: Attending | None, stream: Moments) -> None:
         """See :func:`fathometer.propagation.propagate_ends`."""
@@ -181,8 +184,10 @@ class _Gathered:
                 self.entropy[index] = np.minimum(self.entropy[index], mean / np.log(self._n_tokens))
         block = self._block_of.get(half)
         if block is not None:
-            collapsed = stream.p >= (1 - self._criteria.rank) * stream.q
+            finite = np.isfinite(stream.q)
+            collapsed = finite & (stream.p >= (1 - self._criteria.rank) * stream.q)
             self.depth[index] = np.where(collapsed, np.minimum(self.depth[index], block), self.depth[index])
+            self.collapsed[index] = np.where(finite, collapsed, self.collapsed[index])
 
 
 def critical_skip_scale(
@@ -214,23 +219,40 @@ def critical_skip_scale(
     Returns:
         Shape ``(len(depths), *batch)``: ``low`` where even that does not collapse, infinite where even ``high`` does
         (the MLP alone collapses tokens).
+    Raises:
+        DomainError: for a range that is empty, or a stream that overflows before an answer is found.
     """
     if not 0 < low < high < np.inf:
         raise DomainError(f"the range must satisfy 0 < low < high; got [{low}, {high}]", value=(low, high))
+    if not len(depths):
+        raise DomainError("depths must not be empty")
+    Criteria(rank=rank)
+    check_moments(n_tokens, q, cosine * q)
     shape = batch_shape(spec)
     out = []
     for depth in depths:
-        stack = spec.with_depth(depth)
+        stack = spec.with_depth(int(depth))
 
         def collapses(log_scale: FloatArray, stack: Transformer = stack) -> NDArray[np.bool_]:
             described = with_field(stack, field, np.exp(log_scale) if shape else float(np.exp(log_scale)))
             ends = propagate_ends(
                 described.bidirectional(), n_tokens=n_tokens, q=q, p=cosine * q, closure=as_closure(closure)
             )
+            if not np.all(np.isfinite(ends.q)):
+                worst = float(np.exp(np.max(log_scale)))
+                raise DomainError(
+                    f"the stream overflows in {stack.n_layers} blocks with {field} {worst:g}", value=worst
+                )
             return np.asarray(ends.p >= (1 - rank) * ends.q)
 
-        below, above = np.full(shape, np.log(low)), np.full(shape, np.log(high))
+        below, above = np.full(shape, np.log(low)), np.full(shape, np.log(min(max(1.0, low), high)))
         never, always = ~collapses(below), collapses(above)
+        while np.any(always & (above < np.log(high))):  # no stronger than needed: streams without a norm may overflow
+            below, above = (
+                np.where(always, above, below),
+                np.where(always, np.minimum(above + np.log(2), np.log(high)), above),
+            )
+            always = collapses(above)
         for _ in range(int(np.ceil(np.log2((np.log(high) - np.log(low)) / 1e-7)))):
             middle = (below + above) / 2
             fails = collapses(middle)
@@ -239,7 +261,7 @@ def critical_skip_scale(
     return np.stack(out)
 
 
-def attention_temperature(branch: SelfAttention, n_tokens: int, *, context: int | None = None) -> Any:
+def attention_beta(branch: SelfAttention, n_tokens: int, *, context: int | None = None) -> Any:
     r"""Return ``beta = sigma_QK / sqrt(ln n)`` of an attention layer.
 
     Args:
@@ -260,5 +282,11 @@ def attention_temperature(branch: SelfAttention, n_tokens: int, *, context: int 
 
 
 def condensing_context(variance: Any) -> Any:
-    """Return the number of keys below which attention at a score variance is condensed, ``exp(v / 2)``."""
+    """Return the number of keys below which attention at a score variance is condensed, ``exp(v / 2)``.
+
+    Raises:
+        DomainError: for a negative variance.
+    """
+    if np.any(np.asarray(variance) < 0):
+        raise DomainError(f"a variance must not be negative; got {variance}", value=variance)
     return np.exp(np.asarray(variance, dtype=np.float64) / 2)

@@ -33,6 +33,8 @@ PHASES = ("collapsed", "simplex", "orthogonal")
 _LARGEST, _SMALLEST = 1e9, 1e-9  # second moments searched when the norm equation is not linear
 _NEAREST = 1e-8  # 1 - c below which an interior state is not told from the collapsed one
 _DIFFERENCE = 1e-5  # step of the central differences in the Jacobian
+_MANY_TOKENS = 10**6  # from which the most negative shared cosine is zero
+_MARGINAL = 1e-12  # growth of the angle below which it is rounding
 _HALVINGS = 52
 _INTERIOR_HALVINGS = 30  # of a range of 18 in log(1 - c): to 2e-8
 _MANY = 4096  # points of a grid from which tables of activations pay
@@ -47,7 +49,8 @@ class FixedPoint:
         cosine: p/q.
         rates: Eigenvalues of the map in (q, c) there, larger modulus first; of the collapsed state, that of the norm
             and that of the angle.
-        kind: ``"collapsed"``, ``"simplex"`` or ``"orthogonal"`` (cosine below ``2/n_tokens`` or zero).
+        kind: ``"collapsed"``, ``"orthogonal"`` where the state attracts and orthogonal tokens do in the limit of many
+            tokens, or whose cosine is zero; else ``"simplex"``.
     """
 
     q: float
@@ -118,6 +121,20 @@ def fixed_norm(block: BlockMap, cosine: Any) -> FloatArray:
     return np.asarray(np.where(grows, np.inf, np.where(dies, 0.0, np.exp((low + high) / 2))))
 
 
+def starting_norm(spec: Transformer, n_tokens: int, closure: Closure | str) -> FloatArray:
+    """Return the second moment that the last block preserves for equal tokens, for stacks to start from.
+
+    Raises:
+        DomainError: if there is none at some point of the grid.
+    """
+    q = fixed_norm(last_block(spec, n_tokens, closure), 1.0)
+    if not np.all(exists(q)):
+        raise DomainError(
+            "the norm of the stream grows for ever or dies out: give the second moment q of the tokens", value=np.inf
+        )
+    return q
+
+
 def exists(q: FloatArray) -> NDArray[np.bool_]:
     """Return where :func:`fixed_norm` found one."""
     return np.isfinite(q) & (q > 0)
@@ -141,11 +158,12 @@ def _linear_norm(block: BlockMap, cosine: Any, slope: FloatArray) -> FloatArray:
 
 
 def stable_state(spec: Transformer, *, n_tokens: int, closure: Closure | str = DEFAULT_CLOSURE) -> StableState:
-    """Return where tokens of mutual cosine between 0 and 1 end up under the last block of a spec.
+    """Return where tokens end up under the last block of a spec.
 
-    Where the collapsed state repels, the excess ``c' - c`` at the fixed norm is bisected in ``log(1 - c)`` between
-    1e-8 and 1: 60 evaluations of one block for the whole grid. That assumes a single state below the collapsed one, as
-    found for every odd activation with LayerNorm; :func:`fixed_points` searches for more.
+    Where the collapsed state repels, the excess ``c' - c`` at the fixed norm is bisected in ``log(1 - c)`` from 1e-8
+    to the most negative cosine that ``n_tokens`` tokens can share: about 80 evaluations of one block for the whole
+    grid, 25 times as many where the norm equation is not linear. That assumes a single state below the collapsed one,
+    as found for every odd activation with LayerNorm; :func:`fixed_points` searches for more.
 
     Args:
         spec: The transformer; its fields may be arrays.
@@ -163,7 +181,7 @@ def stable_state(spec: Transformer, *, n_tokens: int, closure: Closure | str = D
             transfer=np.full((2, 2, *q.shape), np.nan),
         )
     growth = angle_rate(block, np.where(nowhere, 1.0, q))
-    cosine = np.where(growth > 1, _interior(block), 1.0)
+    cosine = np.where(growth > 1 + _MARGINAL, _interior(block), 1.0)
     q = np.where(nowhere, 1.0, fixed_norm(block, cosine))
     phase = np.where(cosine == 1.0, "collapsed", "simplex")
     phase = np.where((cosine < 1.0) & _orthogonal_attracts(spec), "orthogonal", phase)
@@ -175,7 +193,7 @@ def stable_state(spec: Transformer, *, n_tokens: int, closure: Closure | str = D
 def fixed_points(
     spec: Transformer, *, n_tokens: int, closure: Closure | str = DEFAULT_CLOSURE, resolution: int = 400
 ) -> tuple[FixedPoint, ...]:
-    """Return every state with cosine in [0, 1] that the last block of a spec preserves, by growing cosine.
+    """Return every state that the last block of a spec preserves, by growing cosine.
 
     At a given cosine the norm equation has one root, which leaves one equation in the cosine. It is evaluated on a
     grid, dense near 0 and 1, in one vectorised call, and every change of sign is refined by Brent's method.
@@ -202,16 +220,20 @@ def fixed_points(
         FixedPoint(q=end, cosine=1.0, rates=(_norm_rate(block, end), float(angle_rate(block, end))), kind=PHASES[0])
     ]
     steps = np.geomspace(_NEAREST, 0.1, resolution // 2)
-    grid = np.unique(np.concatenate([1 - steps, np.linspace(0.1, 0.9, resolution // 4), steps, [0.0]]))
+    lowest = -1 / block.n_others if block.n_others < _MANY_TOKENS else 0.0
+    below = np.linspace(lowest, 0, resolution // 8, endpoint=False)[1:]
+    grid = np.unique(np.concatenate([1 - steps, np.linspace(0.1, 0.9, resolution // 4), steps, [lowest, 0.0], below]))
     excess = _excess(block, grid)
-    roots = [0.0] if abs(excess[0]) < 1e-13 else []
-    for i in np.flatnonzero(excess[:-1] * excess[1:] < 0):
+    zero = np.abs(excess) < 1e-13
+    roots = [float(cosine) for cosine in grid[zero & ((grid == 0) | (grid == lowest))]]
+    for i in np.flatnonzero((excess[:-1] * excess[1:] < 0) & ~zero[:-1] & ~zero[1:]):
         roots.append(float(brentq(lambda c: float(_excess(block, c)), grid[i], grid[i + 1], xtol=1e-14, rtol=1e-14)))
     for cosine in roots:
         q = float(fixed_norm(block, cosine))
         first, second = np.linalg.eigvals(_jacobian(block, q, cosine))
         rates = (first, second) if abs(first) >= abs(second) else (second, first)
-        kind = "orthogonal" if cosine < 2 / n_tokens else "simplex"
+        apart = abs(cosine) < 1e-6 or (abs(rates[0]) < 1 and bool(_orthogonal_attracts(spec)))
+        kind = "orthogonal" if apart else "simplex"
         found.append(FixedPoint(q=q, cosine=cosine, rates=(complex(rates[0]), complex(rates[1])), kind=kind))
     return tuple(sorted(found, key=lambda point: point.cosine))
 
@@ -236,14 +258,14 @@ def _excess(block: BlockMap, cosine: Any, slope: FloatArray | None = None) -> Fl
 def _interior(block: BlockMap) -> FloatArray:
     """Return the cosine below one that attracts, by bisection in log(1 - c)."""
     slope = _norm_slope(block, 0.5)
-    high = np.zeros(np.shape(_excess(block, 0.5, slope)))
-    low = np.full(high.shape, np.log(_NEAREST))
+    shape = np.shape(_excess(block, 0.5, slope))
+    low, high = np.full(shape, np.log(_NEAREST)), np.full(shape, np.log1p(1 / block.n_others))
     for _ in range(_INTERIOR_HALVINGS):
         middle = (low + high) / 2
-        rises = _excess(block, -np.expm1(middle), slope) > 0
+        rises = _excess(block, np.maximum(-np.expm1(middle), -1 / block.n_others), slope) > 0
         low, high = np.where(rises, low, middle), np.where(rises, middle, high)
     cosine = -np.expm1((low + high) / 2)
-    return np.where(cosine < 1e-6, 0.0, cosine)
+    return np.where(np.abs(cosine) < 1e-6, 0.0, np.maximum(cosine, -1 / block.n_others))
 
 
 def _orthogonal_attracts(spec: Transformer) -> NDArray[np.bool_]:
@@ -269,11 +291,12 @@ def _jacobian(block: BlockMap, q: float, cosine: float) -> FloatArray:
         return np.array([np.log(moments.q), moments.p / moments.q])
 
     step = min(_DIFFERENCE, (1 - cosine) / 2)
+    low = max(cosine - step, -1 / block.n_others)
     centre = np.log(q)
     return np.stack(
         [
             (after(centre + step, cosine) - after(centre - step, cosine)) / (2 * step),
-            (after(centre, cosine + step) - after(centre, cosine - step)) / (2 * step),
+            (after(centre, cosine + step) - after(centre, low)) / (cosine + step - low),
         ],
         axis=1,
     )

@@ -166,9 +166,9 @@ def edge_of_chaos(
         )
     kernel, q = activation_kernel(activation), np.square(np.asarray(mlp_in, dtype=np.float64))
     gap = mlp_out**2 * (q * kernel.slope_overlap(q, q, q) - kernel.overlap(q, q, q))
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):
         square = (strength * value) ** 2 / ((1 - strength**2) * np.maximum(gap, 0.0))
-    return np.asarray(np.sqrt(square))
+    return np.asarray(np.where(strength == 0, 0.0, np.sqrt(square)))
 
 
 def _refined(

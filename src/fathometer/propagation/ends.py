@@ -22,7 +22,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fathometer.attention import Closure
-from fathometer.propagation.exchangeable import Attending, HalfLayer, Moments, check_moments, fixed_activation
+from fathometer.errors import DomainError
+from fathometer.propagation.exchangeable import (
+    Attending,
+    HalfLayer,
+    Moments,
+    check_moments,
+    fixed_activation,
+    tabulated_closure,
+)
 from fathometer.spec import Transformer, batch_shape, sliced
 
 FloatArray = NDArray[np.float64]
@@ -30,6 +38,7 @@ Index = tuple[slice, ...]
 Watch = Callable[[Index, int, Attending | None, Moments], None]
 
 _TILE = 1 << 14  # points carried together: their dozen temporaries should fit a cache
+_MANY = 1 << 12  # points from which a table of the closure pays
 _RANGE = 1e80  # the row is rescaled when it leaves [1/_RANGE, _RANGE]
 
 
@@ -55,8 +64,9 @@ class Ends:
 
     @property
     def status(self) -> NDArray[np.str_]:
-        """``"ok"`` or ``"overflow"`` for every point."""
-        return np.where(np.isfinite(self.q) & np.isfinite(self.log_scale), "ok", "overflow")
+        """``"ok"``, ``"overflow"`` or ``"vanished"`` (a stream of zeros) for every point."""
+        fits = np.isfinite(self.q) & np.isfinite(self.log_scale)
+        return np.where(self.q == 0, "vanished", np.where(fits, "ok", "overflow"))
 
 
 def propagate_ends(
@@ -84,22 +94,28 @@ def propagate_ends(
         points, one thread per core; activations behind LayerNorm without an elementary kernel are tabulated first
         (:class:`fathometer.kernels.FixedMomentKernel`). Memory: a few arrays of the batch.
     Raises:
-        DomainError: for moments no set of tokens can have.
+        DomainError: for moments no set of tokens can have, or an empty batch.
     """
     start = check_moments(n_tokens, q, p)
     shape = np.broadcast_shapes(batch_shape(spec), np.shape(start.q))
+    if 0 in shape:
+        raise DomainError(f"the batch is empty: its shape is {shape}", value=shape)
     grid = shape or (1,)
     begin = Moments(*(np.broadcast_to(moment, grid) for moment in start))
     kernels = [[fixed_activation(sublayer) for sublayer in block.sublayers] for block in spec.blocks]
+    closures = [
+        [tabulated_closure(s, n_tokens, closure) if prod(grid) >= _MANY else closure for s in block.sublayers]
+        for block in spec.blocks
+    ]
     out = Ends(q=np.empty(grid), p=np.empty(grid), row=np.empty((2, *grid)), log_scale=np.empty(grid))
     parts = _parts(grid)
 
     def carry(index: Index) -> int:
         runs = []
-        for block, fixed in zip(sliced(spec, index).blocks, kernels, strict=True):
+        for block, fixed, averaging in zip(sliced(spec, index).blocks, kernels, closures, strict=True):
             steps = [
-                HalfLayer(s, n_tokens, closure, activation=None if kernel is None else kernel.part(index))
-                for s, kernel in zip(block.sublayers, fixed, strict=True)
+                HalfLayer(s, n_tokens, average, activation=None if kernel is None else kernel.part(index))
+                for s, kernel, average in zip(block.sublayers, fixed, averaging, strict=True)
             ]
             runs.append((steps, block.repeat))
         stream = Moments(begin.q[index], begin.p[index])

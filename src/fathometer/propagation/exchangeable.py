@@ -24,11 +24,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fathometer.attention import AttentionStatistics, Closure
+from fathometer.attention import (
+    Annealed,
+    AttentionStatistics,
+    Closure,
+    Uniform,
+    UniformLargeN,
+    along_cosine,
+)
 from fathometer.errors import DomainError
 from fathometer.kernels import FixedMomentKernel, PairKernel, ProjectionKernel, activation_kernel, norm_kernel
 from fathometer.propagation.trajectory import Trajectory
 from fathometer.spec import MLP, Block, GatedMLP, LayerNorm, RMSNorm, SelfAttention, Sublayer, Transformer
+
+_LARGEST_VARIANCE = 1e300
 
 
 class Moments(NamedTuple):
@@ -72,9 +81,8 @@ class AttentionMap:
         coupling = effective_coupling(self.branch, x.q)
         variance = coupling * x.q * np.maximum(x.q - x.p, 0.0)
         correlation = x.p / x.q
-        if not (np.all(np.isfinite(variance)) and np.all(np.isfinite(correlation))):
-            # The stream overflows, which is reported by whoever carries it.
-            known = np.isfinite(variance) & np.isfinite(correlation)
+        known = (variance <= _LARGEST_VARIANCE) & np.isfinite(correlation)
+        if not np.all(known):  # the stream overflows or has vanished, which is reported by whoever carries it
             variance, correlation = np.where(known, variance, 0.0), np.where(known, correlation, 0.0)
         statistics = self.closure.statistics(self.n_tokens, variance, correlation, entropy=entropy)
         return Attending(statistics, variance, coupling)
@@ -297,6 +305,18 @@ def fixed_activation(sublayer: Sublayer) -> FixedMomentKernel | None:
         return None
 
 
+def tabulated_closure(sublayer: Sublayer, n_tokens: int, closure: Closure) -> Closure:
+    """Return the closure tabulated over the cosine where that alone varies, else itself."""
+    branch, norm = sublayer.branch, sublayer.input_norm
+    if not isinstance(branch, SelfAttention) or not isinstance(norm, (LayerNorm, RMSNorm)):
+        return closure
+    q = norm.gain**2
+    strength = effective_coupling(branch, q) * q**2
+    if np.ndim(strength) or isinstance(closure, (Annealed, Uniform, UniformLargeN)):  # those are cheaper than a table
+        return closure
+    return along_cosine(closure, n_tokens, float(strength))
+
+
 class BlockMap:
     """One block as a map on moments, with its transfer matrix: the sublayers composed.
 
@@ -308,7 +328,12 @@ class BlockMap:
 
     def __init__(self, block: Block, n_tokens: int, closure: Closure, *, tabulate: bool = False) -> None:
         self.steps = [
-            HalfLayer(sublayer, n_tokens, closure, activation=fixed_activation(sublayer) if tabulate else None)
+            HalfLayer(
+                sublayer,
+                n_tokens,
+                tabulated_closure(sublayer, n_tokens, closure) if tabulate else closure,
+                activation=fixed_activation(sublayer) if tabulate else None,
+            )
             for sublayer in block.sublayers
         ]
         self.n_others = closure.others(n_tokens)

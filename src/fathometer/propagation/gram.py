@@ -32,6 +32,7 @@ from fathometer.attention import (
     Mixing,
     ScorePath,
     Uniform,
+    UniformLargeN,
     UniformMixing,
     Visibility,
     matched,
@@ -194,15 +195,16 @@ class GramHalfLayer:
         self._score_factor: Any = 1.0
         if mixing is not None:
             self._mixing: Mixing = mixing
-        elif isinstance(self._closure, Uniform):
+        elif isinstance(self._closure, (Uniform, UniformLargeN)):  # one map when tokens are not alike
             self._mixing = UniformMixing(self.visible)
         elif isinstance(self._closure, Annealed):
             self._mixing = AnnealedMixing(self.visible, score_gram, coupling)
             if self._closure.score_path:
                 self._scores = self._score_path(score_gram, coupling)
+                self._score_factor = matched(self._closure, self.visible, score_gram, coupling).score
         else:
             factors = matched(self._closure, self.visible, score_gram, coupling)
-            self._mixing = AnnealedMixing(self.visible, score_gram, coupling, temperature=factors.temperature)
+            self._mixing = AnnealedMixing(self.visible, score_gram, coupling, beta_factor=factors.beta_factor)
             self._scores = self._score_path(score_gram, coupling)
             self._score_factor = factors.score
         self.statistics = _row_statistics(self.visible, score_gram, coupling, self._closure)

@@ -51,5 +51,6 @@ class Trajectory:
 
     @property
     def status(self) -> NDArray[np.str_]:
-        """``"ok"`` or ``"overflow"`` for every point of the batch."""
-        return np.where(np.all(np.isfinite(self.q), axis=0), "ok", "overflow")
+        """``"ok"``, ``"overflow"`` or ``"vanished"`` (a stream of zeros) for every point of the batch."""
+        fits = np.all(np.isfinite(self.q), axis=0)
+        return np.where(np.any(self.q == 0, axis=0), "vanished", np.where(fits, "ok", "overflow"))

@@ -165,7 +165,8 @@ def train_masked(
     failed = diverged(losses) | (frozen_at >= 0)
     with torch.no_grad():
         source = named_generator(seed, "test")
-        parts = [loss_on(part, source) for part in torch.split(data.test, batch_size)]
+        whole = len(data.test) - len(data.test) % batch_size or len(data.test)
+        parts = [loss_on(part, source) for part in torch.split(data.test[:whole], batch_size)]
     test = torch.stack(parts).mean(dim=0).double().numpy()
     return MaskedRun(
         losses=losses,

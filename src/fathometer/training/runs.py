@@ -122,6 +122,8 @@ def diverged(losses: NDArray[np.float64]) -> NDArray[np.bool_]:
 
 def batches(size: int, batch_size: int, seed: int) -> Iterator[Tensor]:
     """Yield the indices of one batch after another, each epoch in a new order; an incomplete batch is dropped."""
+    if not 1 <= batch_size <= size:
+        raise DomainError(f"batch_size must lie in [1, {size}]; got {batch_size}", value=batch_size)
     generator = torch.Generator().manual_seed(seed)
     while True:
         order: Tensor = torch.randperm(size, generator=generator)

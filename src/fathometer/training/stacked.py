@@ -206,8 +206,6 @@ def train_together(
         DomainError: for an unknown optimizer, rates or a bound that are not positive, rates that are not one per
             network, fewer than two steps, or batches larger than the task.
     """
-    if not 1 <= batch_size <= len(data.train):
-        raise DomainError(f"batch_size must lie in [1, {len(data.train)}]; got {batch_size}", value=batch_size)
     order = batches(len(data.train), batch_size, seed)
 
     def loss_of_step() -> Tensor:

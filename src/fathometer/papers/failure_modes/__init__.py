@@ -3,9 +3,9 @@
 Source: A. Giorlandino and S. Goldt, "Two failure modes of deep transformers and how to avoid them: a unified theory of
 signal propagation at initialisation".
 
-Conventions: one head; skips are scaled, branches are not; scores scale as ``beta sqrt(ln n)``. The published theory is the
-limit of infinitely many tokens (closure ``random_energy``); true averages over finite rows (``exact``) stand beside it,
-and the annealed ones. Where a number of the paper could not be confirmed, the item says what was chosen instead.
+Conventions: one head; skips are scaled, branches are not; scores scale as ``beta sqrt(ln n)``. The published theory is
+the limit of infinitely many tokens (closure ``random_energy``); true averages over finite rows (``exact``) stand beside
+it, and annealed ones. Where a number of the paper could not be confirmed, the item says what was chosen instead.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from fathometer.papers.failure_modes.figure_1 import figure_1
 from fathometer.papers.failure_modes.figure_3 import figure_3
 from fathometer.papers.failure_modes.figure_4 import figure_4
 from fathometer.papers.failure_modes.figure_12 import figure_12
+from fathometer.papers.failure_modes.training import training_check
 from fathometer.papers.item import Item
 from fathometer.plotting import failure_modes as pictures
 
@@ -48,5 +49,11 @@ ITEMS: tuple[Item, ...] = (
         run=diagram,
         draw=pictures.draw_diagram,
         about="trainable, rank collapse or entropy collapse over temperature and skip, asymptotic and exact",
+    ),
+    Item(
+        name="failure-modes/training",
+        run=training_check,
+        draw=pictures.draw_training_check,
+        about="which of a grid of small BERT-like models learns a masked-token task, against the predicted diagram",
     ),
 )

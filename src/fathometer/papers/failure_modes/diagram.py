@@ -4,8 +4,8 @@ The published theory draws entropy collapse where attention of infinitely many t
 averages over rows of 512 keys, where the border is a crossover: participation above a tenth, or half the entropy lost.
 The weakest skip that avoids rank collapse does not depend on the temperature as long as attention is spread.
 
-Source: Giorlandino and Goldt, arXiv:2505.24333. The labels and thresholds of its diagram could not be confirmed; ours are
-those of :func:`fathometer.observables.failure_modes`.
+Source: Giorlandino and Goldt, arXiv:2505.24333. The labels and thresholds of its diagram could not be confirmed; ours
+are those of :func:`fathometer.observables.failure_modes`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from fathometer.papers.failure_modes.architecture import (
     simulated_width,
 )
 from fathometer.papers.item import Cell, FloatArray, Progress, Size, Table, plain, silent
+from fathometer.spec import Transformer
 
 N_LAYERS = 60
 BETA_RANGE, SKIP_RANGE = (0.0, 3.0), (0.0, 3.0)
@@ -40,8 +41,9 @@ CLOSURES = ("random_energy", "exact")
 #: Inverse temperatures and skip scales of the networks, all pairs.
 NETWORKS = ((0.4, 1.1, 1.9, 2.6), (0.6, 1.2, 1.8, 2.6))
 DEPTHS = (3, 6, 12, 24, 36, 60, 100, 150)
-_SPREAD_BETA = 0.5  # at which the critical skip is given over depth
+DEPTH_BETAS = (0.5, 3.0)
 _LINE_POINTS = 49
+_WEAKEST = 1e-3  # skip that is searched for
 _FINEST = 256
 
 
@@ -54,10 +56,10 @@ class Trainability:
         modes: Names of the labels.
         labels: By labelling, positions in ``modes``.
         cosine: p/q after the last block, by closure.
-        condensed_layers: Number of condensed attention layers, asymptotic theory.
         crossovers: By criterion, the inverse temperature at which the first attention passes it.
         line_betas, critical: Weakest skip without rank collapse, by closure, at these inverse temperatures.
-        depths, critical_over_depth: The same at an inverse temperature of 0.5, over the number of blocks.
+        depths, depth_betas, critical_over_depth: The same over the number of blocks, at two inverse temperatures; shape
+            ``(n_depths, 2)``. Zero where no skip is needed.
         points: Inverse temperature, skip scale and final cosine of networks, shape ``(n_networks, 3)``.
         predicted: Final cosine of the networks by closure.
         about: Sizes.
@@ -68,11 +70,11 @@ class Trainability:
     modes: tuple[str, ...]
     labels: dict[str, NDArray[np.int64]]
     cosine: dict[str, FloatArray]
-    condensed_layers: NDArray[np.int64]
     crossovers: dict[str, float]
     line_betas: FloatArray
     critical: dict[str, FloatArray]
     depths: tuple[int, ...]
+    depth_betas: tuple[float, ...]
     critical_over_depth: dict[str, FloatArray]
     points: FloatArray
     predicted: dict[str, FloatArray]
@@ -86,8 +88,9 @@ class Trainability:
         """Return critical skips, crossovers and the final cosines of networks."""
         rows: list[tuple[Cell, ...]] = []
         for k, depth in enumerate(self.depths):
-            values = [float(self.critical_over_depth[closure][k]) for closure in CLOSURES]
-            rows.append((f"weakest skip, {depth} blocks, beta {_SPREAD_BETA:g}", *values, ""))
+            for i, beta in enumerate(self.depth_betas):
+                values = [float(self.critical_over_depth[closure][k, i]) for closure in CLOSURES]
+                rows.append((f"weakest skip, {depth} blocks, beta {beta:g}", *values, ""))
         for name, beta in self.crossovers.items():
             asymptotic = name == "condensation"
             rows.append(
@@ -120,7 +123,7 @@ def diagram(
     fineness = min(size.grid, _FINEST)
     betas, skips = np.linspace(*BETA_RANGE, fineness), np.linspace(*SKIP_RANGE, fineness)
 
-    def at(beta: Any, skip_scale: Any) -> Any:
+    def at(beta: Any, skip_scale: Any) -> Transformer:
         return network(n_layers=N_LAYERS, d_model=width, n_tokens=width, beta=beta, skip_scale=skip_scale)
 
     grid = at(betas[None, :], skips[:, None])
@@ -130,7 +133,7 @@ def diagram(
     }
     line_betas = np.linspace(*BETA_RANGE, _LINE_POINTS)
     pairs = [(beta, skip) for beta in networks[0] for skip in networks[1]]
-    line, spread, chosen = at(line_betas, 1.0), at(_SPREAD_BETA, 1.0), at(*np.array(pairs).T)
+    line, two, chosen = at(line_betas, 1.0), at(np.array(DEPTH_BETAS), 1.0), at(*np.array(pairs).T)
     points = []
     for k, (beta, skip) in enumerate(pairs):
         seen = simulated_cosines(at(beta, skip), n_tokens=width, q=1.0, cosine=TEXT_COSINE, draws=1, seed=100_000 * k)
@@ -143,20 +146,25 @@ def diagram(
         modes=MODES,
         labels={name: _codes(modes.mode) for name, modes in found.items()},
         cosine={"random_energy": found["asymptotic"].cosine, "exact": first.cosine},
-        condensed_layers=found["asymptotic"].condensed_layers,
         crossovers={
             "condensation": float(critical_beta(1.0, TEXT_COSINE)),
             "participation": float(np.interp(Criteria(entropy="participation").limit, first.participation[0], betas)),
             "entropy": float(np.interp(-Criteria(entropy="entropy").limit, -first.entropy[0], betas)),
         },
         line_betas=line_betas,
-        critical={c: critical_skip_scale(line, [N_LAYERS], **tokens, closure=c)[0] for c in CLOSURES},
+        critical={c: _critical(line, [N_LAYERS], tokens, c)[0] for c in CLOSURES},
         depths=DEPTHS,
-        critical_over_depth={c: critical_skip_scale(spread, DEPTHS, **tokens, closure=c) for c in CLOSURES},
+        depth_betas=DEPTH_BETAS,
+        critical_over_depth={c: _critical(two, DEPTHS, tokens, c) for c in CLOSURES},
         points=np.array(points),
         predicted={c: failure_modes(chosen, **tokens, closure=c).cosine for c in CLOSURES},
         about=described(size, n_layers=N_LAYERS, d_model=width, **tokens, rank=Criteria().rank),
     )
+
+
+def _critical(spec: Transformer, depths: Sequence[int], tokens: dict[str, Any], closure: str) -> FloatArray:
+    found = critical_skip_scale(spec, depths, **tokens, closure=closure, low=_WEAKEST)
+    return np.where(found > _WEAKEST, found, 0.0)
 
 
 def _codes(modes: NDArray[np.str_]) -> NDArray[np.int64]:

@@ -1,9 +1,9 @@
 """The cosine of tokens over depth, in the phase of spread and in that of condensed attention, for three skips.
 
 Four theories beside networks: the published limit of infinitely many tokens (``random_energy``), true averages over
-finite softmax rows (``exact``), the same with the correction of finite width (``finite_width``), and numerators averaged
-over averaged denominators (``annealed``). Networks scatter: the product of a skip and a random branch moves the overlap
-by a relative ``1/sqrt(d)`` a block, and the mean of a bounded cosine by something of the order of depth over width.
+finite softmax rows (``exact``), the same with the correction of finite width (``finite_width``, in the table), and
+annealed averages. Networks scatter: the product of a skip and a random branch moves the overlap of tokens by a relative
+``1/sqrt(d)`` in every block, and with it the mean of a bounded cosine by something of the order of depth over width.
 
 Source: Giorlandino and Goldt, arXiv:2505.24333. Its tokens are texts; ours are equiangular, of the same mean cosine.
 """
@@ -26,7 +26,7 @@ from fathometer.papers.failure_modes.architecture import (
 )
 from fathometer.papers.failure_modes.finite_width import FiniteWidth
 from fathometer.papers.item import Cell, FloatArray, Progress, Size, Table, plain, silent
-from fathometer.propagation import propagate
+from fathometer.propagation import BlockMap, Moments
 from fathometer.spec import Transformer
 
 BETAS = (0.5, 3.0)
@@ -75,16 +75,22 @@ class CosineCurves:
         )
 
 
-def figure_1(size: Size, progress: Progress = silent) -> CosineCurves:
+def figure_1(
+    size: Size,
+    progress: Progress = silent,
+    *,
+    betas: tuple[float, ...] = BETAS,
+    skip_scales: tuple[float, ...] = SKIP_SCALES,
+) -> CosineCurves:
     """Predict and simulate 50 blocks at the width of the size, at most 512, with as many tokens."""
     width, draws, n_layers = simulated_width(size), weight_draws(size, per_seed=4), N_LAYERS
     closures: tuple[Closure, ...] = (RandomEnergy(), Exact(), FiniteWidth(d_model=width), Annealed())
-    shape = (len(BETAS), len(SKIP_SCALES), n_layers + 1)
+    shape = (len(betas), len(skip_scales), n_layers + 1)
     theory = {closure.name: np.empty(shape) for closure in closures}
     simulated, errors = np.empty(shape), np.empty(shape)
-    for i, beta in enumerate(BETAS):
-        for j, skip_scale in enumerate(SKIP_SCALES):
-            setting = i * len(SKIP_SCALES) + j
+    for i, beta in enumerate(betas):
+        for j, skip_scale in enumerate(skip_scales):
+            setting = i * len(skip_scales) + j
             spec = network(n_layers=n_layers, d_model=width, n_tokens=width, beta=beta, skip_scale=skip_scale)
             for closure in closures:
                 theory[closure.name][i, j] = predicted(spec, width, closure)
@@ -92,10 +98,10 @@ def figure_1(size: Size, progress: Progress = silent) -> CosineCurves:
                 spec, n_tokens=width, q=1.0, cosine=TEXT_COSINE, draws=draws, seed=100_000 * setting
             )
             simulated[i, j], errors[i, j] = seen.mean(axis=0), seen.std(axis=0, ddof=1) / np.sqrt(draws)
-            progress(f"beta {beta:g}, skip {skip_scale:g}", setting + 1, len(BETAS) * len(SKIP_SCALES))
+            progress(f"beta {beta:g}, skip {skip_scale:g}", setting + 1, len(betas) * len(skip_scales))
     return CosineCurves(
-        betas=BETAS,
-        skip_scales=SKIP_SCALES,
+        betas=betas,
+        skip_scales=skip_scales,
         theory=theory,
         simulated=simulated,
         errors=errors,
@@ -105,5 +111,9 @@ def figure_1(size: Size, progress: Progress = silent) -> CosineCurves:
 
 def predicted(spec: Transformer, n_tokens: int, closure: Closure, *, cosine: float = TEXT_COSINE) -> FloatArray:
     """Return p/q at every block border, from unit tokens."""
-    run = propagate(spec, n_tokens=n_tokens, q=1.0, p=cosine, closure=closure)
-    return np.asarray((run.p / run.q)[run.borders])
+    stream = Moments(1.0, cosine)
+    out = [cosine]
+    for block in spec.layers():
+        stream = BlockMap(block, n_tokens, closure).forward(stream)
+        out.append(float(stream.p / stream.q))
+    return np.array(out)

@@ -1,9 +1,13 @@
 r"""Where LayerNorm sits, and gain control: cosine over depth, and how condensed attention becomes on the way.
 
-Without LayerNorm tokens grow, so that scores spread until attention condenses, ``b = \sqrt{v/(2 \ln n)} > 1``. Behind the
-sum it keeps them at unit size, and the cosine tends to one exponentially; in front of the branches the stream grows
+Without LayerNorm tokens grow, so that scores spread until attention condenses, ``b = \sqrt{v/(2 \ln n)} > 1``. Behind
+the sum it keeps them at unit size, and the cosine tends to one exponentially; in front of the branches the stream grows
 linearly, and the cosine tends to one as a power of the depth. Gain control subtracts from what attention adds its mean
 over tokens, so that only the MLP draws them together.
+
+Close to rank collapse the published limit fails: it lets the rows of different tokens pick different keys as soon as
+they condense, but rows of nearly equal tokens pick the same one. True averages and networks without LayerNorm collapse
+in both ways at once.
 
 Source: Giorlandino and Goldt, arXiv:2505.24333, and the setting of the authors' notebook: sigma_v = 1 without value
 bias, sigma_w^2 = 0.2, beta = 0.1, unit skips, q = 1 and p = 0.2 at the first of 100 blocks.
@@ -25,7 +29,7 @@ from fathometer.papers.failure_modes.architecture import (
     weight_draws,
 )
 from fathometer.papers.item import Cell, FloatArray, Progress, Size, Table, plain, silent
-from fathometer.propagation import propagate
+from fathometer.propagation import Trajectory, propagate
 from fathometer.spec import Transformer
 
 N_LAYERS = 100
@@ -41,6 +45,7 @@ VARIANTS = {
 }
 NAMES = ("random_energy", "exact", "annealed")
 SHOWN_LAYERS = (5, 20, 100)
+_RESOLVED = 1e-12  # relative difference of q and p that float64 still resolves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +55,8 @@ class Placements:
     Attributes:
         variants: Names, first axis of every array.
         theory: p/q by closure, shape ``(n_variants, n_layers + 1)``.
-        condensation: b of the attention of every block by closure, shape ``(n_variants, n_layers)``.
+        condensation: b of the attention of every block by closure, shape ``(n_variants, n_layers)``; NaN where tokens
+            agree to rounding.
         simulated, errors: Mean and standard error of p/q over networks, shape ``(n_variants, n_layers + 1)``.
         about: Sizes.
     """
@@ -94,7 +100,7 @@ def figure_12(size: Size, progress: Progress = silent) -> Placements:
         for name in NAMES:
             run = propagate(spec, n_tokens=width, q=Q, p=P, closure=CLOSURES[name])
             cosines[name].append((run.p / run.q)[run.borders])
-            condensations[name].append(np.sqrt(run.attention["logit_variance"] / (2 * np.log(width))))
+            condensations[name].append(_condensation(run))
         seen = simulated_cosines(spec, n_tokens=width, q=Q, cosine=P / Q, draws=draws, seed=100_000 * i)
         simulated.append(seen.mean(axis=0))
         errors.append(seen.std(axis=0, ddof=1) / np.sqrt(draws))
@@ -107,6 +113,12 @@ def figure_12(size: Size, progress: Progress = silent) -> Placements:
         errors=np.stack(errors),
         about=described(size, d_model=width, n_tokens=width, n_layers=N_LAYERS, weight_draws=draws, q=Q, p=P),
     )
+
+
+def _condensation(run: Trajectory) -> FloatArray:
+    b = np.sqrt(run.attention["logit_variance"] / (2 * np.log(run.n_tokens)))
+    q, p = run.q[run.borders[:-1]], run.p[run.borders[:-1]]
+    return np.where(q - p > _RESOLVED * q, b, np.nan)
 
 
 def notebook(variant: str, *, d_model: int, n_tokens: int) -> Transformer:

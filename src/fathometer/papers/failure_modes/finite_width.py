@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fathometer.attention import AttentionStatistics, Exact, pair_averages, row_averages, tilted
+from fathometer.attention.softmax_rows import COARSE
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class FiniteWidth(Exact):
         """See :class:`~fathometer.attention.Closure`."""
         known = super().statistics(n_tokens, variance, correlation, entropy=entropy)
         c = np.clip(correlation, -1.0, 1.0)
-        row, pair = row_averages(n_tokens, variance), pair_averages(n_tokens, variance, c)
+        row = row_averages(n_tokens, variance, resolution=COARSE)
+        pair = pair_averages(n_tokens, variance, c, resolution=COARSE)
         y2, y12 = tilted(row, pair, variance, c, self.d_model)
         return known._replace(y2=y2, y12=y12)

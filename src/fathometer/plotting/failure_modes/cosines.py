@@ -23,7 +23,7 @@ _MARKS = {"exact": ("o", INK), "random_energy": ("s", FIRST), "annealed": ("^", 
 def draw_figure_1(result: CosineCurves) -> Figure:
     """Draw one panel of curves for each temperature, and the largest errors of all settings."""
     figure = new_figure(15.6, 5.2)
-    figure.set_layout_engine("constrained", wspace=0.04)
+    figure.set_layout_engine("constrained", wspace=0.04, h_pad=0.1)
     n = len(result.betas)
     axes = figure.subplots(1, n + 1, width_ratios=(1.0,) * n + (0.95,))
     for i, ax in enumerate(axes[:n]):
@@ -36,6 +36,8 @@ def draw_figure_1(result: CosineCurves) -> Figure:
 
 
 def _curves(ax: Axes, result: CosineCurves, i: int) -> None:
+    from matplotlib.lines import Line2D
+
     phase = "spread" if result.betas[i] < 2**0.5 else "condensed"
     framed(
         ax,
@@ -60,8 +62,6 @@ def _curves(ax: Axes, result: CosineCurves, i: int) -> None:
         )
     ax.set_xlim(-1, n_layers + 1)
     ax.set_ylim(-0.02, 1.03)
-    from matplotlib.lines import Line2D
-
     handles = [
         Line2D([], [], color=colour, linewidth=2.2, label=rf"$\alpha_{{SA}} = {skip:g}$")
         for skip, colour in zip(result.skip_scales, _COLOURS, strict=False)

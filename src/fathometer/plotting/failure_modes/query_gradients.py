@@ -21,7 +21,7 @@ _UNIT = r"$|\partial L/\partial W_Q|^2 \,/\, n d^2 s\,\sigma_v^2 \sqrt{\ln n}$"
 def draw_figure_3(result: QueryGradients) -> Figure:
     """Draw everything on linear axes above and logarithmic ones below, where the floor of finite width shows."""
     figure = new_figure(11.8, 8.4)
-    figure.set_layout_engine("constrained", hspace=0.05, wspace=0.05)
+    figure.set_layout_engine("constrained", hspace=0.05, wspace=0.05, h_pad=0.1, w_pad=0.1)
     axes = figure.subplots(2, len(result.n_tokens), squeeze=False)
     top = 1.12 * max(float(result.theory["exact"].max()), float(result.simulated.max()))
     floor = 0.3 * float(result.simulated[..., 0].min())
@@ -56,7 +56,7 @@ def _panel(ax: Axes, result: QueryGradients, i: int) -> None:
             **POINT,
         )
     ax.axvline(2**0.5, color=MUTED, linewidth=0.9, zorder=1)
-    ax.annotate(r" $\beta_c = \sqrt{2}$", (2**0.5, 0.03), xycoords=("data", "axes fraction"), fontsize=9, color=MUTED)
+    ax.annotate(r" $\beta_c = \sqrt{2}$", (2**0.5, 0.94), xycoords=("data", "axes fraction"), fontsize=9, color=MUTED)
     ax.set_xlim(0, float(result.betas[-1]) * 1.02)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fathometer.plotting.apjn.frame import framed
-from fathometer.plotting.canvas import FIRST, INK, MUTED, PAPER, SECOND, new_figure
+from fathometer.plotting.canvas import FIRST, INK, PAPER, SECOND, new_figure
 from fathometer.plotting.failure_modes.theories import THEORIES
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ _LEVELS = (0.5, 0.7, 0.9, 0.99)
 def draw_diagram(result: Trainability) -> Figure:
     """Draw four panels."""
     figure = new_figure(12.4, 10.2)
-    figure.set_layout_engine("constrained", hspace=0.05, wspace=0.05)
+    figure.set_layout_engine("constrained", hspace=0.05, wspace=0.05, h_pad=0.1)
     axes = figure.subplots(2, 2)
     about = result.about
     _labels(axes[0, 0], result, "asymptotic", "Infinitely many tokens: b > 1", "random_energy")
@@ -89,11 +89,14 @@ def _cosines(ax: Axes, result: Trainability) -> None:
     _contours(ax, result, "exact", PAPER)
     ax.plot(result.line_betas, result.critical["exact"], color=PAPER, linewidth=2.2, zorder=4)
     beta, skip, seen = result.points.T
-    ax.scatter(beta, skip, c=seen, cmap="viridis", norm=norm, s=120, edgecolors=PAPER, linewidths=1.8, zorder=5)
-    bar = ax.figure.colorbar(image, ax=ax, pad=0.02, aspect=28)
-    bar.set_label("p / q after the last block", fontsize=9, color=MUTED)
-    bar.ax.tick_params(labelsize=8.5, labelcolor=MUTED, color=MUTED, length=3)
-    bar.outline.set_visible(False)
+    ax.scatter(beta, skip, c=seen, cmap="viridis", norm=norm, s=130, edgecolors=PAPER, linewidths=1.8, zorder=5)
+    for x, y, value in result.points.tolist():
+        ax.annotate(
+            f"{value:.2f}", (x, y), xytext=(9, 0), textcoords="offset points", va="center", fontsize=8, color=INK
+        )
+    bar = ax.figure.colorbar(image, cax=ax.inset_axes((0.06, 0.075, 0.42, 0.03)), orientation="horizontal")
+    bar.ax.tick_params(labelsize=8, labelcolor=INK, color=INK, length=2)
+    bar.outline.set_edgecolor(PAPER)
     _frame(ax, result)
 
 
@@ -101,26 +104,25 @@ def _depth(ax: Axes, result: Trainability) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     framed(ax, "Weakest skip without rank collapse", xlabel="blocks", ylabel=_SKIP)
-    for closure, colour in (("exact", FIRST), ("random_energy", SECOND)):
-        label, dash, width = THEORIES[closure]
-        ax.plot(
-            result.depths,
-            result.critical_over_depth[closure],
-            color=colour,
-            linestyle=dash,
-            linewidth=width,
-            marker="o",
-            markersize=5,
-            markerfacecolor=PAPER,
-            markeredgewidth=1.3,
-            label=label,
-        )
+    for i, (beta, colour) in enumerate(zip(result.depth_betas, (FIRST, SECOND), strict=True)):
+        for closure in ("exact", "random_energy"):
+            label, dash, width = THEORIES[closure]
+            ax.plot(
+                result.depths,
+                result.critical_over_depth[closure][:, i],
+                color=colour,
+                linestyle=dash,
+                linewidth=width,
+                marker="o" if closure == "exact" else "",
+                markersize=5,
+                markerfacecolor=PAPER,
+                markeredgewidth=1.3,
+                label=rf"$\beta = {beta:g}$, {label}",
+            )
     ax.set_xscale("log")
-    ax.set_yscale("log")
-    for axis, ticks in ((ax.xaxis, result.depths), (ax.yaxis, (0.1, 0.2, 0.5, 1, 2, 5))):
-        axis.set_major_locator(FixedLocator(ticks))
-        axis.set_minor_locator(NullLocator())
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.xaxis.set_major_locator(FixedLocator(result.depths))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.legend(loc="upper left", frameon=False, fontsize=9, labelcolor=INK)
 
 
