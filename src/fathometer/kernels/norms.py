@@ -54,7 +54,8 @@ class ProjectionKernel:
 
 def _root(q_a: Moment, q_b: Moment) -> FloatArray:
     for q in (q_a, q_b):
-        if q <= 0.0 if isinstance(q, float) else np.any(np.less_equal(q, 0.0)):  # NaN: the stream has overflowed before
+        # In an array NaN marks points whose stream has overflowed before; their status says so.
+        if not q > 0.0 if isinstance(q, float) else np.any(np.less_equal(q, 0.0)):
             _refuse(np.asarray(q, dtype=np.float64))
     if q_a is q_b:
         return q_a  # type: ignore[return-value]
@@ -63,7 +64,7 @@ def _root(q_a: Moment, q_b: Moment) -> FloatArray:
 
 
 def _refuse(q: FloatArray) -> None:
-    index = tuple(int(i) for i in np.argwhere(q <= 0.0)[0])
+    index = tuple(int(i) for i in np.argwhere(~(q > 0.0))[0])
     where = f" at index {index}" if index else ""
     raise DomainError(
         f"LayerNorm and RMSNorm need a second moment q > 0; got q={q[index]:g}{where}. "
