@@ -263,3 +263,19 @@ def test_a_key_value_cache_is_switched_off_and_on_again() -> None:
     plain = fm.measure(model, batch, seeds=1)
     for name in ("apjn_log", "gradient_log", "q"):
         np.testing.assert_array_equal(cached.curves[name], plain.curves[name])
+
+
+def test_attention_rows_are_those_of_the_theory() -> None:
+    """Participation, overlap of two rows and condensation at a strong score variance, in standard errors."""
+    scales = fm.Scales(query=1.6, key=1.0, value=1.0, output=1.0, mlp_in=1.5, mlp_out=1.0)
+    spec = fm.Transformer.uniform(n_layers=2, d_model=192, n_heads=4, norm=fm.LayerNorm(), scales=scales)
+    tokens = fm.equiangular_tokens(n_tokens=16, d_model=192, q=1.0, p=0.4)
+    seen = fm.measure(fm.reference_network(spec), tokens, seeds=16)
+    theory = fm.predict(spec, n_tokens=16, q=1.0, p=0.4)
+    annealed = fm.predict(spec, n_tokens=16, q=1.0, p=0.4, closure="annealed")
+    full = fm.predict(spec, gram=0.4 + 0.6 * np.eye(16))
+    for name in ("participation", "row_overlap", "condensation"):
+        assert np.all(np.abs(seen.curves[name] - theory.curves[name]) < 4.5 * seen.errors[name] + 0.04), name
+        np.testing.assert_allclose(full.curves[name], theory.curves[name], rtol=1e-8)
+    wrong = np.abs(seen.participation - annealed.participation)
+    assert np.all(wrong > 4.5 * seen.errors["participation"] + 0.04)

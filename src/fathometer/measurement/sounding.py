@@ -279,6 +279,7 @@ def _layer_curves(rows: list[dict[str, float]], added: list[dict[str, float]]) -
         curves["attention_entropy_relative"] = np.array([row["entropy_relative"] for row in rows])
         curves["participation"] = 1 / np.array([row["y2"] for row in rows])
         curves["logit_variance"] = np.array([row["logit_variance"] for row in rows])
+        curves["row_overlap"] = np.array([row["row_overlap"] for row in rows])
         curves["condensation"] = np.array([row["condensation"] for row in rows])
     for name in ("attention_added_q", "mlp_added_q"):
         if all(name in layer for layer in added):

@@ -36,8 +36,8 @@ def row_statistics(scores: Tensor) -> dict[str, float]:
 
     Keys: ``entropy`` (nats), ``entropy_relative`` (over the logarithm of the number of visible keys, rows that see
         more than one), ``y2`` (mean of sum A^2), ``logit_variance`` (unbiased, over the visible keys of a row),
-        ``condensation`` (root of the mean of that over twice the logarithm of the number of visible keys, rows that
-        see more than one).
+        ``row_overlap`` (mean of sum A A' over two different queries), ``condensation`` (root of the mean of the
+        variance over twice the logarithm of the number of visible keys, rows that see more than one).
     """
     scores = scores.float()
     visible = ~torch.isneginf(scores)
@@ -55,11 +55,22 @@ def row_statistics(scores: Tensor) -> dict[str, float]:
         "entropy": float(entropy[some].double().mean()),
         "entropy_relative": float(relative.double().mean()) if bool(many.any()) else 1.0,
         "y2": float(weights.square().sum(-1)[some].double().mean()),
+        "row_overlap": _row_overlap(weights),
         "logit_variance": float(spread[some].double().mean()),
         "condensation": float((spread[many] / (2 * counts[many].float().log())).double().mean()) ** 0.5
         if bool(many.any())
         else 0.0,
     }
+
+
+def _row_overlap(weights: Tensor) -> float:
+    """Return the mean overlap of two rows of attention, shape ``(batch, heads, n_queries, n_keys)``; O(n^2)."""
+    n = weights.shape[-2]
+    if n < 2:
+        return 1.0
+    wide = weights.double()
+    total = wide.sum(dim=-2).square().sum(dim=-1) - wide.square().sum(dim=(-2, -1))
+    return float((total / (n * (n - 1))).mean())
 
 
 def average(draws: Sequence[Mapping[str, FloatArray]]) -> tuple[dict[str, FloatArray], dict[str, FloatArray]]:

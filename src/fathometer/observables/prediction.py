@@ -90,6 +90,7 @@ def profile_of(trajectory: Trajectory | GramTrajectory) -> Profile:
             if trajectory.n_tokens > 1
             else 1 + entropy,
             "participation": _participation(trajectory.attention["inverse_participation"], trajectory.n_tokens),
+            "row_overlap": trajectory.attention["row_overlap"],
             "logit_variance": trajectory.attention["logit_variance"],
             "condensation": np.sqrt(trajectory.attention["logit_variance"] / (2 * np.log(max(trajectory.n_tokens, 2)))),
         }
@@ -125,6 +126,7 @@ def _profile_of_gram(trajectory: GramTrajectory) -> Profile:
             "attention_entropy": entropy.mean(axis=over),
             "attention_entropy_relative": np.nanmean(relative, axis=over) if n > 1 else np.ones(len(entropy)),
             "participation": _participation(trajectory.attention["inverse_participation"].mean(axis=over), n),
+            "row_overlap": trajectory.attention["row_overlap"].mean(axis=over),
             "logit_variance": trajectory.attention["logit_variance"].mean(axis=over),
             "condensation": _condensation(trajectory.attention["logit_variance"], visible, over),
         }

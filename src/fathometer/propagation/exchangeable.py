@@ -469,6 +469,7 @@ def _collect(attention: dict[str, Any], step: AttentionMap, stack: Record, index
     attention.setdefault("index", []).append(index)
     attention.setdefault("attention_entropy", []).append(np.broadcast_to(statistics.entropy, full))
     attention.setdefault("inverse_participation", []).append(np.broadcast_to(statistics.y2, full))
+    attention.setdefault("row_overlap", []).append(np.broadcast_to(statistics.y12, full))
     attention.setdefault("logit_variance", []).append(np.broadcast_to(variance, full))
 
 

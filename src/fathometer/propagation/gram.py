@@ -54,7 +54,7 @@ class GramTrajectory:
         grams: Gram matrices over coordinates; shape ``(n_half + 1, *batch, n_tokens, n_tokens)``.
         added: Gram matrices of what each branch adds; shape ``(n_half, *batch, n_tokens, n_tokens)``.
         attention: Per attention sublayer and query: ``attention_entropy`` (nats), ``inverse_participation``,
-            ``logit_variance`` and ``visible_keys``; each of shape ``(n_attention, *batch, n_tokens)``.
+            ``row_overlap``, ``logit_variance`` and ``visible_keys``; each of shape ``(n_attention, *batch, n_tokens)``.
         forward_log: Log mean square of an isotropic perturbation of the input, ``ln J^{m,0}``, at every sublayer
             border; shape ``(n_half + 1, *batch)``.
         averaging, mixing: The closure, and the fixed attention if one was given.
@@ -213,6 +213,14 @@ class GramHalfLayer:
         mixed = (branch.value * branch.output) ** 2 * self._mixing.forward(normed)
         return centred(mixed) if branch.centred else np.asarray(mixed + attention_bias(branch))
 
+    def row_overlap(self) -> FloatArray:
+        """Return, for every query of an attention sublayer, the mean of ``sum_c A_ac A_bc`` over the other queries."""
+        n = self._normed.shape[-1]
+        if n == 1:
+            return np.ones(self._normed.shape[:-1])
+        overlap = self._mixing.forward(np.broadcast_to(np.eye(n), self._normed.shape))
+        return np.asarray((overlap.sum(axis=-1) - np.diagonal(overlap, axis1=-2, axis2=-1)) / (n - 1))
+
     def _score_path(self, score_gram: FloatArray, coupling: Any) -> tuple[ScorePath, Any]:
         """Return the gradient path through the scores; normalised queries and keys divide it by the tokens' sizes."""
         branch = self.sublayer.branch
@@ -326,7 +334,7 @@ def propagate_gram(spec: Transformer, gram: Any, *, closure: Closure, attention:
             growths.append(growth)
             attends.append(step.statistics is not None)
             if step.statistics is not None:
-                rows.append(step.statistics)
+                rows.append(step.statistics | {"row_overlap": step.row_overlap()})
     return GramTrajectory(
         spec=spec,
         closure=closure.name if attention is None else "fixed",

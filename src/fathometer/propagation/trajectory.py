@@ -27,8 +27,8 @@ class Trajectory:
         added_q, added_p: Moments of what each sublayer's branch adds to the stream; shape ``(n_half, *batch)``.
         is_attention: Which sublayers mix tokens; shape ``(n_half,)``.
         transfer: Backward transfer matrices on (J, K); shape ``(n_half, 2, 2, *batch)``.
-        attention: ``attention_entropy`` (nats), ``inverse_participation`` and ``logit_variance`` of the attention
-            sublayers, in order; each of shape ``(n_attention, *batch)``.
+        attention: ``attention_entropy`` (nats), ``inverse_participation``, ``row_overlap`` and ``logit_variance`` of
+            the attention sublayers, in order; each of shape ``(n_attention, *batch)``.
     """
 
     spec: Transformer

@@ -32,6 +32,7 @@ VOCABULARY: dict[str, tuple[str, str, str]] = {
     "attention_entropy": ("layer", "nats", "mean entropy of an attention row"),
     "attention_entropy_relative": ("layer", "1", "entropy over that of uniform attention on the visible keys"),
     "participation": ("layer", "keys", "effective number of keys a query attends to, 1 / E sum A^2"),
+    "row_overlap": ("layer", "1", "mean of sum_c A_ac A_bc over two different queries"),
     "logit_variance": ("layer", "1", "variance of attention scores over the visible keys of one query"),
     "condensation": (
         "layer",
