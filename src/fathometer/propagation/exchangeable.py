@@ -81,8 +81,9 @@ class AttentionMap:
         coupling = effective_coupling(self.branch, x.q)
         variance = coupling * x.q * np.maximum(x.q - x.p, 0.0)
         correlation = x.p / x.q
-        known = (variance <= _LARGEST_VARIANCE) & np.isfinite(correlation)
-        if not np.all(known):  # the stream overflows or has vanished, which is reported by whoever carries it
+        if not (np.max(variance, initial=0.0) <= _LARGEST_VARIANCE and np.min(x.q, initial=np.inf) > 0):
+            # The stream overflows or has vanished, which is reported by whoever carries it.
+            known = (variance <= _LARGEST_VARIANCE) & np.isfinite(correlation)
             variance, correlation = np.where(known, variance, 0.0), np.where(known, correlation, 0.0)
         statistics = self.closure.statistics(self.n_tokens, variance, correlation, entropy=entropy)
         return Attending(statistics, variance, coupling)
@@ -257,10 +258,13 @@ class HalfLayer:
         after = self._slopes(2, record.residual)
         known: Any = self.map.inspect(record.normed) if record.known is None else record.known
         matrix = self.map.transfer(record.normed, known)
-        return [
-            [(skip * (i == j) + weight * rows[i] * matrix[i][j] * columns[j]) * after[j] for j in range(2)]
-            for i in range(2)
-        ]
+        weighted = [weight * row for row in rows] if rows[0] is not rows[1] else [weight * rows[0]] * 2
+        out: list[list[Any]] = []
+        for i in range(2):
+            through = [_times(weighted[i] * matrix[i][j], columns[j]) for j in range(2)]
+            through[i] = skip + through[i]
+            out.append([_times(through[j], after[j]) for j in range(2)])
+        return out
 
     def at_branch(self, record: Record, own: Any, shared: Any) -> tuple[Any, Any]:
         """Return (J, K) of gradients at the branch output; of centred attention, before the mean is subtracted.
@@ -287,7 +291,13 @@ class HalfLayer:
         kernel = self._norms[slot]
         if kernel is None:
             return 1.0, 1.0
-        return kernel.slope_overlap(x.q, x.q, x.q), kernel.slope_overlap(x.q, x.q, x.p)
+        own = kernel.slope_overlap(x.q, x.q, x.q)
+        return own, own if isinstance(kernel, ProjectionKernel) else kernel.slope_overlap(x.q, x.q, x.p)
+
+
+def _times(value: Any, factor: Any) -> Any:
+    """Return a product, without a pass over an array where the factor is the plain number one."""
+    return value if isinstance(factor, float) and factor == 1.0 else value * factor
 
 
 def fixed_activation(sublayer: Sublayer) -> FixedMomentKernel | None:
