@@ -55,7 +55,7 @@ class ProjectionKernel:
 def _root(q_a: Moment, q_b: Moment) -> FloatArray:
     for q in (q_a, q_b):
         # In an array NaN marks points whose stream has overflowed before; their status says so.
-        if not q > 0.0 if isinstance(q, float) else np.min(q, initial=np.inf) <= 0.0:
+        if not q > 0.0 if isinstance(q, float) else np.min(np.asarray(q, dtype=np.float64), initial=np.inf) <= 0.0:
             _refuse(np.asarray(q, dtype=np.float64))
     if q_a is q_b:
         return q_a  # type: ignore[return-value]
