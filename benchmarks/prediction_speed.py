@@ -10,6 +10,7 @@ import sys
 import time
 
 from fathometer.observables import predict
+from fathometer.prescription import compare_schemes
 from fathometer.spec import DyT, Scales, Transformer, preset
 
 
@@ -35,6 +36,12 @@ def main() -> None:
         ("1000 layers, LayerNorm and GELU", preset("vit", n_layers=1000)),
     ):
         print(f"  {label:36s}{best(spec):8.2f} ms")
+    deep = preset("vit", n_layers=1000)
+    compare_schemes(deep, n_tokens=196, p=0.4)  # builds the tables of softmax averages
+    start = time.perf_counter()
+    compared = len(compare_schemes(deep, n_tokens=196, p=0.4).rows)
+    label = f"1000 layers, each of {compared} schemes"
+    print(f"  {label:36s}{1e3 * (time.perf_counter() - start) / compared:8.2f} ms")
     times = []
     for _ in range(5):
         start = time.perf_counter()

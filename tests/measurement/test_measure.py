@@ -275,7 +275,24 @@ def test_attention_rows_are_those_of_the_theory() -> None:
     annealed = fm.predict(spec, n_tokens=16, q=1.0, p=0.4, closure="annealed")
     full = fm.predict(spec, gram=0.4 + 0.6 * np.eye(16))
     for name in ("participation", "row_overlap", "condensation"):
-        assert np.all(np.abs(seen.curves[name] - theory.curves[name]) < 4.5 * seen.errors[name] + 0.04), name
+        allowed = 4.5 * seen.errors[name] + 0.25 * 4 / 192 * theory.curves[name]  # of sublayers / width
+        assert np.all(np.abs(seen.curves[name] - theory.curves[name]) < allowed), name
         np.testing.assert_allclose(full.curves[name], theory.curves[name], rtol=1e-8)
     wrong = np.abs(seen.participation - annealed.participation)
-    assert np.all(wrong > 4.5 * seen.errors["participation"] + 0.04)
+    assert np.all(wrong > 4.5 * seen.errors["participation"] + 0.25 * 4 / 192 * theory.participation)
+
+
+def test_row_statistics_of_known_weights() -> None:
+    weights = torch.softmax(torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(0)), dim=-1).double()
+    found = row_statistics(weights.log().float())
+    pairs = [
+        (weights[s, h, a] * weights[s, h, b]).sum()
+        for s in range(2)
+        for h in range(3)
+        for a in range(5)
+        for b in range(5)
+        if a != b
+    ]
+    assert found["row_overlap"] == pytest.approx(float(torch.stack(pairs).mean()), rel=1e-6)
+    spread = weights.log().var(dim=-1)
+    assert found["condensation"] == pytest.approx(math.sqrt(float(spread.mean()) / (2 * math.log(7))), rel=1e-5)

@@ -18,7 +18,7 @@ from fathometer.attention import DEFAULT_CLOSURE, Annealed, Closure, RandomEnerg
 from fathometer.errors import SpecError
 from fathometer.models import draw_weights, reference_network, stacked_network, tokens_with_gram
 from fathometer.observables import backward, forward, predict
-from fathometer.propagation import Trajectory, exchangeable, propagate, propagate_gram
+from fathometer.propagation import Trajectory, branch_maps, exchangeable, propagate, propagate_gram
 from fathometer.spec import MLP, Block, LayerNorm, RMSNorm, SelfAttention, Sublayer, Transformer
 from fathometer.spec.files import from_dict, to_dict
 
@@ -172,20 +172,20 @@ def test_random_networks(name: str) -> None:
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_without_centring_the_comparison_fails(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = exchangeable.AttentionMap.forward
+    right = branch_maps.AttentionMap.forward
 
-    def wrong(self: exchangeable.AttentionMap, x: exchangeable.Moments, known: exchangeable.Attending) -> Any:
+    def wrong(self: branch_maps.AttentionMap, x: branch_maps.Moments, known: exchangeable.Attending) -> Any:
         plain = dataclasses.replace(self, branch=dataclasses.replace(self.branch, centred=False))
         return right(plain, x, known)
 
-    monkeypatch.setattr(exchangeable.AttentionMap, "forward", wrong)
+    monkeypatch.setattr(branch_maps.AttentionMap, "forward", wrong)
     assert excess(name) > 1
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_gradients_that_are_not_centred_fail(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = exchangeable.AttentionMap._uncentred_transfer
-    monkeypatch.setattr(exchangeable.AttentionMap, "transfer", wrong)
+    wrong = branch_maps.AttentionMap._uncentred_transfer
+    monkeypatch.setattr(branch_maps.AttentionMap, "transfer", wrong)
     assert excess(name) > 1
 
 

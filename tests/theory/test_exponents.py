@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fathometer.attention import Annealed, UniformLargeN
+from fathometer.attention import AlongCosine, Annealed, Exact, UniformLargeN, along_cosine
 from fathometer.errors import DomainError, SpecError
 from fathometer.kernels import activation_kernel
 from fathometer.observables import (
@@ -305,3 +305,26 @@ def test_ends_survive_a_range_no_float_holds() -> None:
 def test_bad_input_is_named(call: Any, message: str) -> None:
     with pytest.raises((DomainError, SpecError), match=message):
         call()
+
+
+def test_a_closure_tabulated_over_the_cosine_is_the_closure() -> None:
+    """A grid large enough for tables, with a gain on the norm, against single stacks without any."""
+    widths, strengths = np.linspace(0.5, 6.0, 64)[:, None], np.linspace(0.1, 0.9, 64)
+    grid = network(0.4, strengths, widths, coupling=2.5, n_layers=5)
+    grid = with_field(grid, "gain", 1.3)
+    seen = gradient_exponent(grid, n_tokens=30, cosine=0.2, q=1.1)
+    for i, j in ((0, 0), (20, 63), (63, 31), (40, 5)):
+        alone = with_field(
+            network(0.4, float(strengths[j]), float(widths[i, 0]), coupling=2.5, n_layers=5), "gain", 1.3
+        )
+        expected = predict(alone, n_tokens=30, q=1.1, p=0.22)
+        assert seen[i, j] == pytest.approx(expected.apjn_log[0] / 5, abs=1e-7)
+    tabulated = along_cosine(Exact(), 30, 2.5**2)
+    assert isinstance(tabulated, AlongCosine)
+    cosine = np.linspace(-1 / 29, 1, 77)
+    found, direct = (
+        closure.statistics(30, 2.5**2 * (1 - cosine), cosine, entropy=False) for closure in (tabulated, Exact())
+    )
+    for name in ("y2", "y12", "score", "score_pair"):
+        np.testing.assert_allclose(getattr(found, name), getattr(direct, name), rtol=1e-7, err_msg=name)
+    assert along_cosine(Exact(), 30, 1e6) == Exact()  # too sharp for the finest table

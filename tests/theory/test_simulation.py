@@ -22,7 +22,7 @@ from fathometer.attention import DEFAULT_CLOSURE, Annealed, Closure, Exact, Unif
 from fathometer.kernels import PairKernel, activation_kernel
 from fathometer.models import ReferenceTransformer, draw_weights, reference_network, tokens_with_gram
 from fathometer.observables import backward, predict
-from fathometer.propagation import exchangeable, gram, propagate, propagate_gram
+from fathometer.propagation import branch_maps, exchangeable, gram, propagate, propagate_gram
 from fathometer.spec import (
     MLP,
     Block,
@@ -152,9 +152,9 @@ def judge(setting: Setting) -> FloatArray:
 
 def swap_moments(patch: pytest.MonkeyPatch) -> None:
     """Exchange q and p of the tokens that attention averages."""
-    right = exchangeable.AttentionMap.forward
+    right = branch_maps.AttentionMap.forward
     patch.setattr(
-        exchangeable.AttentionMap, "forward", lambda self, x, known: right(self, exchangeable.Moments(x.p, x.q), known)
+        branch_maps.AttentionMap, "forward", lambda self, x, known: right(self, branch_maps.Moments(x.p, x.q), known)
     )
 
 
@@ -177,20 +177,20 @@ def lose_half(patch: pytest.MonkeyPatch) -> None:
 
 def square_mlp_scale(patch: pytest.MonkeyPatch) -> None:
     """Use a variance where the scale of the output matrix belongs."""
-    right = exchangeable.MLPMap.forward
+    right = branch_maps.MLPMap.forward
 
-    def wrong(self: exchangeable.MLPMap, x: exchangeable.Moments, z: exchangeable.Moments) -> exchangeable.Moments:
+    def wrong(self: branch_maps.MLPMap, x: branch_maps.Moments, z: branch_maps.Moments) -> branch_maps.Moments:
         out = right(self, x, z)
-        return exchangeable.Moments(out.q * self.branch.mlp_out**2, out.p * self.branch.mlp_out**2)
+        return branch_maps.Moments(out.q * self.branch.mlp_out**2, out.p * self.branch.mlp_out**2)
 
-    patch.setattr(exchangeable.MLPMap, "forward", wrong)
+    patch.setattr(branch_maps.MLPMap, "forward", wrong)
 
 
 def lose_gate_gradient(patch: pytest.MonkeyPatch) -> None:
     """Let no gradient through the ungated half of a gated MLP."""
-    right = exchangeable.GatedMLPMap.transfer
+    right = branch_maps.GatedMLPMap.transfer
     patch.setattr(
-        exchangeable.GatedMLPMap,
+        branch_maps.GatedMLPMap,
         "transfer",
         lambda self, x, z: [[entry / 2 for entry in row] for row in right(self, x, z)],
     )

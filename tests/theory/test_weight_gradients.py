@@ -23,7 +23,8 @@ from fathometer.measurement import measure_weight_gradients, observe
 from fathometer.models import draw_weights, equiangular_tokens, reference_network
 from fathometer.models.seeding import named_generator
 from fathometer.observables import Gradients, jacobian, predict, weight_gradients
-from fathometer.propagation.exchangeable import AttentionMap, HalfLayer
+from fathometer.propagation.branch_maps import AttentionMap
+from fathometer.propagation.exchangeable import HalfLayer
 from fathometer.spec import (
     MLP,
     Block,

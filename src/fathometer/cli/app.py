@@ -15,6 +15,7 @@ import typer
 from fathometer.cli.diagram import diagram
 from fathometer.cli.prescribe import prescribe
 from fathometer.cli.reproduce import reproduce
+from fathometer.cli.specs import named_spec
 from fathometer.errors import FathometerError, MissingExtraError
 
 app = typer.Typer(
@@ -112,14 +113,8 @@ def predict(
 ) -> None:
     """Predict every layer's statistics from a spec; theory only, no torch."""
     from fathometer import observables
-    from fathometer import spec as specs
 
-    if spec.startswith("preset:"):
-        described = specs.preset(spec.removeprefix("preset:"), n_layers=layers)
-    else:
-        described = specs.load(spec)
-        if layers is not None:
-            described = described.with_depth(layers)
+    described = named_spec(spec, layers)
     profile = observables.predict(described, n_tokens=tokens, q=q, p=p, closure=closure)
     if as_json:
         print(profile.to_json())

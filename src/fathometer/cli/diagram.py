@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from fathometer.cli.prescribe import _load
+from fathometer.cli.specs import named_spec
 from fathometer.errors import MissingExtraError, SpecError, nearest
 
 _MOST = 4000  # values of an axis
@@ -53,7 +53,7 @@ def diagram(
     if out.exists() and not out.is_dir():
         raise SpecError(f"{str(out)!r} is a file; name a folder with --out")
     names = _observables(observable)
-    described = _described(spec, layers)
+    described = named_spec(spec, layers)
     found = map_over(
         described,
         x=axes["--x"],
@@ -114,17 +114,6 @@ def _axis(option: str, text: str, *, is_log: bool) -> tuple[str, Any]:
 def _observables(given: list[str] | None) -> list[str]:
     pieces = [piece.strip() for text in given or ["angle_exponent"] for piece in text.split(",")]
     return list(dict.fromkeys(pieces))
-
-
-def _described(name: str, layers: int | None) -> Any:
-    """Load a spec at a depth; the scales of a preset may depend on it."""
-    from fathometer import spec as specs
-
-    if layers is None:
-        return _load(name)
-    if name.startswith("preset:"):
-        return specs.preset(name.removeprefix("preset:"), n_layers=layers)
-    return _load(name).with_depth(layers)
 
 
 def _critical_lines(

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fathometer.cli.specs import named_spec
 from fathometer.errors import SpecError
 
 
@@ -54,7 +55,7 @@ def prescribe(
     from fathometer.prescription import solve_field
     from fathometer.propagation import check_moments
 
-    described = _with_norm(_load(spec), norm)
+    described = _with_norm(named_spec(spec), norm)
     options = {"k": k, "alpha": alpha, "count": count, "dropout": dropout, "r0": r0, "reference": reference or None}
     given = {name: option for name, option in options.items() if option is not None}
     if scheme is not None or compare:
@@ -191,12 +192,6 @@ def _print_comparison(
     for row in compared.rows:
         if row.status != "ok":
             console.print(f"- {row.scheme}: {row.status}. {row.reason}", highlight=False)
-
-
-def _load(name: str) -> Any:
-    from fathometer import spec as specs
-
-    return specs.preset(name.removeprefix("preset:")) if name.startswith("preset:") else specs.load(name)
 
 
 def _with_norm(spec: Any, norm: str | None) -> Any:

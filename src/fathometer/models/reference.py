@@ -37,6 +37,7 @@ from fathometer.spec import (
     Sublayer,
     Transformer,
     array_fields,
+    hidden_width,
 )
 
 #: Small enough that the theory's norms, which have none, describe any stream a float32 network can carry.
@@ -261,11 +262,6 @@ def weight_stds(module: nn.Module) -> Iterator[tuple[str, Tensor, float]]:
             yield f"{name}.weight", linear.weight, getattr(owner.branch, field) / linear.in_features**0.5
             if linear.bias is not None:
                 yield f"{name}.bias", linear.bias, getattr(owner.branch, f"{field.removeprefix('mlp_')}_bias")
-
-
-def hidden_width(branch: MLP | GatedMLP, d_model: int) -> int:
-    """Return the hidden width of an MLP."""
-    return max(1, round(branch.ratio * d_model))
 
 
 def branch_module(branch: Branch, d_model: int) -> ReferenceBranch:

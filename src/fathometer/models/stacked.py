@@ -28,7 +28,6 @@ from fathometer.models.reference import (
     EPSILON,
     ReferenceTransformer,
     activation_module,
-    hidden_width,
     reference_network,
 )
 from fathometer.models.seeding import named_generator
@@ -48,6 +47,7 @@ from fathometer.spec import (
     array_fields,
     at_point,
     batch_shape,
+    hidden_width,
 )
 
 

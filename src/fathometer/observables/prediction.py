@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fathometer._version import __version__
-from fathometer.attention import DEFAULT_CLOSURE, Closure, as_closure
+from fathometer.attention import DEFAULT_CLOSURE, Closure, as_closure, condensation
 from fathometer.errors import SpecError
 from fathometer.observables.jacobian import backward, forward
 from fathometer.propagation import GramTrajectory, Trajectory, check_moments, propagate, propagate_gram
@@ -92,7 +92,7 @@ def profile_of(trajectory: Trajectory | GramTrajectory) -> Profile:
             "participation": _participation(trajectory.attention["inverse_participation"], trajectory.n_tokens),
             "row_overlap": trajectory.attention["row_overlap"],
             "logit_variance": trajectory.attention["logit_variance"],
-            "condensation": np.sqrt(trajectory.attention["logit_variance"] / (2 * np.log(max(trajectory.n_tokens, 2)))),
+            "condensation": condensation(trajectory.attention["logit_variance"], max(trajectory.n_tokens, 2)),
         }
     return Profile(source="theory", curves=curves, about=_about(trajectory))
 
@@ -157,8 +157,8 @@ def _one_attention_per_block(trajectory: Trajectory | GramTrajectory) -> bool:
 def _condensation(variance: FloatArray, visible: FloatArray, over: tuple[int, ...]) -> FloatArray:
     """Return the root mean square of ``sqrt(v / (2 ln n))`` over the queries that see more than one key."""
     many = visible > 1
-    ratio = np.where(many, variance / (2 * np.log(np.maximum(visible, 2))), 0.0)
-    return np.asarray(np.sqrt(ratio.sum(axis=over) / np.maximum(many.sum(axis=over), 1)))
+    square = np.where(many, condensation(variance, np.maximum(visible, 2)) ** 2, 0.0)
+    return np.asarray(np.sqrt(square.sum(axis=over) / np.maximum(many.sum(axis=over), 1)))
 
 
 def _participation(y2: FloatArray, n_tokens: int) -> FloatArray:

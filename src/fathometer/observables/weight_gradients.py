@@ -36,7 +36,8 @@ from fathometer.errors import NotCoveredError, SpecError, nearest
 from fathometer.observables.exponents import READOUTS
 from fathometer.observables.jacobian import backward
 from fathometer.propagation import Attending, Moments, propagate
-from fathometer.propagation.exchangeable import AttentionMap, GatedMLPMap, HalfLayer, MLPMap
+from fathometer.propagation.branch_maps import AttentionMap, GatedMLPMap, MLPMap
+from fathometer.propagation.exchangeable import HalfLayer
 from fathometer.spec import Transformer
 
 FloatArray = NDArray[np.float64]

@@ -1,7 +1,8 @@
 """The Markov chain over layers, on two numbers or on the full Gram matrix."""
 
+from fathometer.propagation.branch_maps import Attending, Moments
 from fathometer.propagation.ends import Ends, Index, propagate_ends
-from fathometer.propagation.exchangeable import Attending, BlockMap, Moments, check_moments, check_tokens, propagate
+from fathometer.propagation.exchangeable import BlockMap, check_moments, check_tokens, propagate
 from fathometer.propagation.gram import GramTrajectory, check_attention, check_gram, propagate_gram
 from fathometer.propagation.trajectory import Trajectory
 

@@ -23,14 +23,8 @@ from numpy.typing import NDArray
 
 from fathometer.attention import Closure
 from fathometer.errors import DomainError
-from fathometer.propagation.exchangeable import (
-    Attending,
-    HalfLayer,
-    Moments,
-    check_moments,
-    fixed_activation,
-    tabulated_closure,
-)
+from fathometer.propagation.branch_maps import Attending, Moments
+from fathometer.propagation.exchangeable import HalfLayer, check_moments, fixed_activation, tabulated_closure
 from fathometer.spec import Transformer, batch_shape, sliced
 
 FloatArray = NDArray[np.float64]

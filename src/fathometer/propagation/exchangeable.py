@@ -19,14 +19,12 @@ arXiv:2505.24333, at finite n; exact finite-n attention transfer and the score p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fathometer.attention import (
     Annealed,
-    AttentionStatistics,
     Closure,
     Uniform,
     UniformLargeN,
@@ -34,17 +32,15 @@ from fathometer.attention import (
 )
 from fathometer.errors import DomainError
 from fathometer.kernels import FixedMomentKernel, PairKernel, ProjectionKernel, activation_kernel, norm_kernel
+from fathometer.propagation.branch_maps import (
+    AttentionMap,
+    GatedMLPMap,
+    MLPMap,
+    Moments,
+    effective_coupling,
+)
 from fathometer.propagation.trajectory import Trajectory
 from fathometer.spec import MLP, Block, GatedMLP, LayerNorm, RMSNorm, SelfAttention, Sublayer, Transformer
-
-_LARGEST_VARIANCE = 1e300
-
-
-class Moments(NamedTuple):
-    """Second moment of a token and overlap of two tokens."""
-
-    q: Any
-    p: Any
 
 
 class Record(NamedTuple):
@@ -58,154 +54,6 @@ class Record(NamedTuple):
     branch: Moments
     residual: Moments
     known: Any = None
-
-
-class Attending(NamedTuple):
-    """What attention knows of normed tokens: its averages, the score variance and the coupling sigma_QK^2."""
-
-    statistics: AttentionStatistics
-    variance: Any
-    coupling: Any
-
-
-@dataclass(frozen=True)
-class AttentionMap:
-    """Self-attention acting on moments."""
-
-    branch: SelfAttention
-    n_tokens: int
-    closure: Closure
-
-    def inspect(self, x: Moments, *, entropy: bool = False) -> Attending:
-        """Return what the maps below need of the normed tokens."""
-        coupling = effective_coupling(self.branch, x.q)
-        variance = coupling * x.q * np.maximum(x.q - x.p, 0.0)
-        correlation = x.p / x.q
-        if not (np.max(variance, initial=0.0) <= _LARGEST_VARIANCE and np.min(x.q, initial=np.inf) > 0):
-            # The stream overflows or has vanished, which is reported by whoever carries it.
-            known = (variance <= _LARGEST_VARIANCE) & np.isfinite(correlation)
-            variance, correlation = np.where(known, variance, 0.0), np.where(known, correlation, 0.0)
-        statistics = self.closure.statistics(self.n_tokens, variance, correlation, entropy=entropy)
-        return Attending(statistics, variance, coupling)
-
-    def forward(self, x: Moments, known: Attending) -> Moments:
-        """Map the moments of the normed tokens to those of the branch output."""
-        b = self.branch
-        spread = x.q - x.p
-        gain, bias = (b.value * b.output) ** 2, attention_bias(b)
-        y2, y12 = known.statistics.y2, known.statistics.y12
-        if b.centred:
-            share = gain * spread * np.maximum(y2 - y12, 0.0) / self.n_tokens
-            others = self.n_tokens - 1
-            return Moments(share * others, -share if others else 0.0 * share)
-        return Moments(gain * (x.p + spread * y2) + bias, gain * (x.p + spread * y12) + bias)
-
-    def transfer(self, x: Moments, known: Attending) -> list[list[Any]]:
-        """Return the 2 x 2 transfer matrix from gradients at the branch output to gradients at the normed tokens."""
-        matrix = self._uncentred_transfer(x, known)
-        if not self.branch.centred:
-            return matrix
-        own, shared = self.before_centring(1.0, 0.0)  # and the opposite for (0, 1): a shared gradient is lost
-        column = [row[0] * own + row[1] * shared for row in matrix]
-        return [[entry, -entry] for entry in column]
-
-    def before_centring(self, own: Any, shared: Any) -> tuple[Any, Any]:
-        """Return (J, K) of gradients at the output whose mean over tokens has not been subtracted yet.
-
-        Args:
-            own, shared: J and K of gradients at the branch output.
-        """
-        if not self.branch.centred:
-            return own, shared
-        share = (own - shared) / self.n_tokens if self.n_tokens > 1 else 0.0 * own
-        return self.closure.others(self.n_tokens) * share, -share
-
-    def _uncentred_transfer(self, x: Moments, known: Attending) -> list[list[Any]]:
-        statistics = known.statistics
-        gain = (self.branch.value * self.branch.output) ** 2
-        path = self.closure.value_path(self.n_tokens, statistics)
-        if isinstance(statistics.score, float) and statistics.score == 0.0:
-            return [[gain * path.jj, gain * path.jk], [gain * path.kj, gain * path.kk]]
-        others = self.n_tokens - 1
-        score = known.coupling * (x.q - x.p)
-        s, sc = score * statistics.score, score * statistics.score_pair
-        back = x.q * s / others if others else 0.0 * s
-        return [
-            [gain * (path.jj + s * (2 * x.q - x.p)), gain * (path.jk + others * sc * x.p)],
-            [gain * (path.kj - back), gain * (path.kk + sc * (x.q - 2 * x.p))],
-        ]
-
-
-@dataclass(frozen=True)
-class MLPMap:
-    """An MLP acting on moments."""
-
-    branch: MLP
-    kernel: PairKernel
-
-    def inspect(self, x: Moments) -> Moments:
-        """Return the moments of the pre-activation."""
-        scale, bias = self.branch.mlp_in**2, self.branch.in_bias**2
-        return Moments(scale * x.q + bias, scale * x.p + bias)
-
-    def forward(self, x: Moments, z: Moments) -> Moments:
-        """Map the moments of the normed tokens to those of the branch output."""
-        out, bias = self.branch.mlp_out**2, self.branch.out_bias**2
-        f = self.kernel
-        return Moments(out * f.overlap(z.q, z.q, z.q) + bias, out * f.overlap(z.q, z.q, z.p) + bias)
-
-    def transfer(self, x: Moments, z: Moments) -> list[list[Any]]:
-        """Return the (diagonal) transfer matrix."""
-        f = self.kernel
-        scale = (self.branch.mlp_in * self.branch.mlp_out) ** 2
-        return [
-            [scale * f.slope_overlap(z.q, z.q, z.q), 0.0],
-            [0.0, scale * f.slope_overlap(z.q, z.q, z.p)],
-        ]
-
-
-@dataclass(frozen=True)
-class GatedMLPMap:
-    """A gated MLP acting on moments."""
-
-    branch: GatedMLP
-    kernel: PairKernel
-
-    def inspect(self, x: Moments) -> Moments:
-        """Return the moments of the gate's pre-activation."""
-        gate = self.branch.gate**2
-        return Moments(gate * x.q, gate * x.p)
-
-    def forward(self, x: Moments, z: Moments) -> Moments:
-        """Map the moments of the normed tokens to those of the branch output."""
-        f = self.kernel
-        scale = (self.branch.mlp_in * self.branch.mlp_out) ** 2
-        return Moments(scale * f.overlap(z.q, z.q, z.q) * x.q, scale * f.overlap(z.q, z.q, z.p) * x.p)
-
-    def transfer(self, x: Moments, z: Moments) -> list[list[Any]]:
-        """Return the (diagonal) transfer matrix."""
-        f, gate = self.kernel, self.branch.gate**2
-        scale = (self.branch.mlp_in * self.branch.mlp_out) ** 2
-        return [
-            [scale * (gate * f.slope_overlap(z.q, z.q, z.q) * x.q + f.overlap(z.q, z.q, z.q)), 0.0],
-            [0.0, scale * (gate * f.slope_overlap(z.q, z.q, z.p) * x.p + f.overlap(z.q, z.q, z.p))],
-        ]
-
-
-def effective_coupling(branch: SelfAttention, q: Any) -> Any:
-    """Return ``sigma_QK^2``, the score variance per unit of token overlaps.
-
-    With normalised queries and keys the weight scales drop out: the score covariance is that of unit tokens, so the
-    coupling is the squared score multiplier over the squared second moment of a token.
-    """
-    if branch.qk_norm:
-        return branch.score_multiplier**2 / q**2
-    return (branch.query * branch.key * branch.score_multiplier) ** 2
-
-
-def attention_bias(branch: SelfAttention) -> Any:
-    """Return what value and output biases add to every overlap; rows of attention sum to one."""
-    return (branch.value_bias * branch.output) ** 2 + branch.output_bias**2
 
 
 class HalfLayer:

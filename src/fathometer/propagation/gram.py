@@ -39,7 +39,8 @@ from fathometer.attention import (
 )
 from fathometer.errors import DomainError
 from fathometer.kernels import PairKernel, activation_kernel, norm_kernel
-from fathometer.propagation.exchangeable import attention_bias, block_borders
+from fathometer.propagation.branch_maps import attention_bias
+from fathometer.propagation.exchangeable import block_borders
 from fathometer.spec import MLP, SelfAttention, Sublayer, Transformer
 
 FloatArray = NDArray[np.float64]

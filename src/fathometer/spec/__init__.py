@@ -1,7 +1,7 @@
 """Transformers as data."""
 
 from fathometer.spec.batch import array_fields, at_point, batch_shape, cut_aligned, sliced
-from fathometer.spec.branches import ACTIVATIONS, MLP, Activation, Branch, GatedMLP, SelfAttention
+from fathometer.spec.branches import ACTIVATIONS, MLP, Activation, Branch, GatedMLP, SelfAttention, hidden_width
 from fathometer.spec.fields import FIELDS, scaled_field, with_field
 from fathometer.spec.files import dumps_json, dumps_toml, from_dict, load, to_dict
 from fathometer.spec.norms import Derf, DyT, LayerNorm, Norm, PointwiseNorm, RMSNorm
@@ -37,6 +37,7 @@ __all__ = [
     "dumps_json",
     "dumps_toml",
     "from_dict",
+    "hidden_width",
     "load",
     "preset",
     "scaled_field",

@@ -117,3 +117,8 @@ class GatedMLP:
 
 
 Branch: TypeAlias = SelfAttention | MLP | GatedMLP
+
+
+def hidden_width(branch: MLP | GatedMLP, d_model: int) -> int:
+    """Return the number of hidden units of an MLP."""
+    return max(1, round(branch.ratio * d_model))

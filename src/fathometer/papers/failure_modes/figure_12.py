@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from fathometer.attention import CLOSURES
+from fathometer.attention import CLOSURES, condensation
 from fathometer.papers.failure_modes.architecture import (
     described,
     network,
@@ -116,7 +116,7 @@ def figure_12(size: Size, progress: Progress = silent) -> Placements:
 
 
 def _condensation(run: Trajectory) -> FloatArray:
-    b = np.sqrt(run.attention["logit_variance"] / (2 * np.log(run.n_tokens)))
+    b = condensation(run.attention["logit_variance"], run.n_tokens)
     q, p = run.q[run.borders[:-1]], run.p[run.borders[:-1]]
     return np.where(q - p > _RESOLVED * q, b, np.nan)
 
