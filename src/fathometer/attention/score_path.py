@@ -33,6 +33,7 @@ class ScorePath:
         counts = visible.counts[:, None]
         self._visible = visible
         self._values = values
+        self._scores = scores
         self._weight = scores / visible.pairs
         row_mean = visible.over_keys(values, -2) / counts  # [a, d]: mean over the keys c of a of values[c, d]
         self._key_mean = np.swapaxes(row_mean, -1, -2)  # [c, b]
@@ -42,6 +43,10 @@ class ScorePath:
         tilted = visible.over_keys(score_mean * row_mean, -1) / visible.counts
         score_pair = visible.over_keys(score_mean, -1) / visible.counts
         self._query = both - tilted - np.swapaxes(tilted, -1, -2) + score_pair * self._pair_mean
+
+    def of_noise(self) -> ScorePath:
+        """Return the map for values that are independent between keys, as dropout on attention weights makes them."""
+        return ScorePath(self._visible, self._values * np.eye(self._values.shape[-1]), self._scores)
 
     def backward(self, gradient: FloatArray) -> FloatArray:
         """Map the gradient Gram matrix at the attention output to that at the normalised tokens."""

@@ -2,11 +2,11 @@ r"""The network a spec describes, as a plain torch module with Gaussian weights.
 
 Every sublayer is one line,
 
-.. math:: x \leftarrow N_\mathrm{stream}\bigl(\mu\, x + \tau\, N_\mathrm{out}(B(N_\mathrm{in}(x)))\bigr),
+.. math:: x \leftarrow N_\mathrm{stream}\bigl(\mu\, x + \tau\, \mathrm{drop}(N_\mathrm{out}(B(N_\mathrm{in}(x))))\bigr),
 
 and every linear map is an ``nn.Linear`` named like its scale in the spec, with weights of standard deviation
 ``scale / sqrt(fan_in)``. This is the network whose averages arXiv:2604.11890v3 (Alekseev) and the rest of the theory
-predict at infinite width.
+predict at infinite width. Dropout acts in training mode only.
 """
 
 from __future__ import annotations
@@ -104,6 +104,7 @@ class ReferenceAttention(nn.Module):
             q,
             k,
             v,
+            dropout_p=float(self.branch.attention_dropout) if self.training else 0.0,
             is_causal=self.branch.causal,
             scale=float(self.branch.score_multiplier) / self.d_head**0.5,
             enable_gqa=self.grouped,
@@ -163,11 +164,12 @@ class ReferenceSublayer(nn.Module):
         self.input_norm = norm_module(sublayer.input_norm, d_model)
         self.branch = branch_module(sublayer.branch, d_model)
         self.output_norm = norm_module(sublayer.output_norm, d_model)
+        self.dropout = nn.Dropout(float(sublayer.dropout)) if sublayer.dropout else nn.Identity()
         self.stream_norm = norm_module(sublayer.stream_norm, d_model)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map the stream, shape ``(batch, n_tokens, d_model)``, to the same shape."""
-        added = self.output_norm(self.branch(self.input_norm(x)))
+        added = self.dropout(self.output_norm(self.branch(self.input_norm(x))))
         out: Tensor = self.stream_norm(self.skip_scale * x + self.branch_scale * added)
         return out
 

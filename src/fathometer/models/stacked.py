@@ -376,6 +376,8 @@ class StackedTransformer(nn.Module):
         for where, _ in array_fields(spec):
             if where.endswith(".ratio"):
                 raise SpecError(f"stacked networks need one width; {where} is an array")
+        if spec.has_dropout:
+            raise NotCoveredError("stacked networks have no dropout; spec.without_dropout() takes it out")
         self.spec = spec
         self._grid = Grid(shape, n_copies)
         self.grid_shape, self.n_copies, self.n_networks = shape, n_copies, self._grid.n_networks
@@ -491,7 +493,7 @@ def stacked_network(
         device: Where the parameters live; the draw does not depend on it.
     Raises:
         SpecError: for arrays that do not broadcast, an array of MLP ratios, or heads that do not divide ``d_model``.
-        NotCoveredError: for grouped key and value heads, or a user's numpy function.
+        NotCoveredError: for grouped key and value heads, dropout, or a user's numpy function.
         DomainError: if ``n_copies`` is no positive integer.
     """
     model = StackedTransformer(spec, n_copies, dtype, device)

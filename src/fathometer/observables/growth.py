@@ -107,7 +107,8 @@ def growth(
         spec: The transformer, scalar fields. Causal masks are dropped: late positions stand in for all.
         n_tokens, q, p: Token number and moments at the first block.
         closure: How the softmax is averaged.
-        depth: Length of the run that is fitted; b and the constants are read on its last decade.
+        depth: Length of the run that is fitted; b and the constants are read on its last decade. With dropout there
+            are no closed forms and all constants are fitted.
     Returns:
         The class. Cost: one scalar prediction of ``depth`` blocks, about 25 ms per thousand in closed form.
     """
@@ -120,7 +121,7 @@ def growth(
     layers = np.arange(1.0, depth + 1)
     steps = np.diff(log_apjn)
     decay = _decay(layers, steps)
-    constants = closed_form(block, n_tokens)
+    constants = {} if spec.has_dropout else closed_form(block, n_tokens)
     kind = _kind(decay[0], float(steps[-1]))
     if "zeta" in constants:
         kind = "critical"

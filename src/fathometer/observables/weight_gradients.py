@@ -177,9 +177,10 @@ def _attention_norms(branch_map: AttentionMap, x: Moments, known: Attending, pai
     """Return squared norms over ``n_tokens * d_model**2``, by role."""
     b, statistics = branch_map.branch, known.statistics
     spread = x.q - x.p
-    mixed, mixed_pair = x.p + spread * statistics.y2, x.p + spread * statistics.y12
-    scores = (b.score_multiplier * b.value * b.output * spread) ** 2
-    scores = scores * paired(x.q * statistics.score, x.p * statistics.score_pair)
+    kept = spread + branch_map.lost * x.q
+    mixed, mixed_pair = x.p + kept * statistics.y2, x.p + spread * statistics.y12
+    scores = (b.score_multiplier * b.value * b.output) ** 2 * spread
+    scores = scores * paired(kept * x.q * statistics.score, spread * x.p * statistics.score_pair)
     if b.qk_norm:  # queries are divided by sigma_Q sqrt(q), and so are their gradients
         query, key = (scores / (scale * x.q) ** 2 for scale in (b.query, b.key))
     else:

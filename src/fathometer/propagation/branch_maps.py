@@ -47,6 +47,11 @@ class AttentionMap:
     n_tokens: int
     closure: Closure
 
+    @property
+    def lost(self) -> Any:
+        """Variance that dropout gives every kept attention weight, relative to its square: ``p / (1 - p)``."""
+        return self.branch.attention_dropout / (1 - self.branch.attention_dropout)
+
     def inspect(self, x: Moments, *, entropy: bool = False) -> Attending:
         """Return what the maps below need of the normed tokens."""
         coupling = effective_coupling(self.branch, x.q)
@@ -69,7 +74,8 @@ class AttentionMap:
             share = gain * spread * np.maximum(y2 - y12, 0.0) / self.n_tokens
             others = self.n_tokens - 1
             return Moments(share * others, -share if others else 0.0 * share)
-        return Moments(gain * (x.p + spread * y2) + bias, gain * (x.p + spread * y12) + bias)
+        own = x.p + (spread + self.lost * x.q) * y2
+        return Moments(gain * own + bias, gain * (x.p + spread * y12) + bias)
 
     def transfer(self, x: Moments, known: Attending) -> list[list[Any]]:
         """Return the 2 x 2 transfer matrix from gradients at the branch output to gradients at the normed tokens."""
@@ -95,14 +101,16 @@ class AttentionMap:
         statistics = known.statistics
         gain = (self.branch.value * self.branch.output) ** 2
         path = self.closure.value_path(self.n_tokens, statistics)
+        own = path.jj + self.lost * statistics.y2
         if isinstance(statistics.score, float) and statistics.score == 0.0:
-            return [[gain * path.jj, gain * path.jk], [gain * path.kj, gain * path.kk]]
+            return [[gain * own, gain * path.jk], [gain * path.kj, gain * path.kk]]
         others = self.n_tokens - 1
-        score = known.coupling * (x.q - x.p)
-        s, sc = score * statistics.score, score * statistics.score_pair
+        spread = x.q - x.p
+        s = known.coupling * (spread + self.lost * x.q) * statistics.score
+        sc = known.coupling * spread * statistics.score_pair
         back = x.q * s / others if others else 0.0 * s
         return [
-            [gain * (path.jj + s * (2 * x.q - x.p)), gain * (path.jk + others * sc * x.p)],
+            [gain * (own + s * (2 * x.q - x.p)), gain * (path.jk + others * sc * x.p)],
             [gain * (path.kj - back), gain * (path.kk + sc * (x.q - 2 * x.p))],
         ]
 

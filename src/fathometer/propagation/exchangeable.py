@@ -3,17 +3,19 @@ r"""The Markov chain on two numbers: every token alike.
 Forward state: ``q``, the mean square per coordinate, and ``p``, the mean overlap of two different tokens. Backward
 state: ``J`` and ``K``, the same two numbers for gradients. One sublayer
 
-.. math:: x \leftarrow N_s(\mu x + \tau N_o(B(N_i(x))))
+.. math:: x \leftarrow N_s(\mu x + \tau\, \mathrm{drop}_\delta(N_o(B(N_i(x)))))
 
 acts forward by moments and backward by the 2 x 2 transfer matrix
 
-.. math:: \Bigl[\mu^2 + \tau^2\, \mathrm{diag}(\hat q_i, \hat p_i)\; T_B\; \mathrm{diag}(\hat q_o, \hat p_o)\Bigr]
-          \mathrm{diag}(\hat q_s, \hat p_s)
+.. math:: \Bigl[\mu^2 + \tau^2\, \mathrm{diag}(\hat q_i, \hat p_i)\; T_B\;
+          \mathrm{diag}\bigl(\tfrac{\hat q_o}{1 - \delta}, \hat p_o\bigr)\Bigr] \mathrm{diag}(\hat q_s, \hat p_s)
 
-with hats for the slope averages of each norm and ``T_B`` the transfer matrix of the branch.
+with hats for the slope averages of each norm and ``T_B`` the transfer matrix of the branch. Dropout at rate delta
+divides mean squares by ``1 - delta`` and leaves what two tokens share.
 
 Sources: forward maps and the MLP transfer, Alekseev, arXiv:2604.11890v3; centred attention, Giorlandino and Goldt,
-arXiv:2505.24333, at finite n; exact finite-n attention transfer and the score path, derived in the documentation.
+arXiv:2505.24333, at finite n; dropout, Kedia et al., arXiv:2403.09635; exact finite-n attention transfer, the score path
+and dropout on attention weights, derived in the documentation.
 """
 
 from __future__ import annotations
@@ -88,7 +90,7 @@ class HalfLayer:
         known: Any = self.map.inspect(normed)
         branch = self.map.forward(normed, known)
         out = self._normalise(1, branch)
-        added = Moments(weight * out.q, weight * out.p)
+        added = Moments(weight * self._drop(out.q), weight * out.p)
         residual = Moments(skip * stream.q + added.q, skip * stream.p + added.p)
         return self._normalise(2, residual), added, Record(stream, normed, branch, residual, known)
 
@@ -102,7 +104,7 @@ class HalfLayer:
         """Return the entries of the transfer matrix; zeros stay plain numbers."""
         skip, weight = self.sublayer.skip_scale**2, self.sublayer.branch_scale**2
         rows = self._slopes(0, record.stream)
-        columns = self._slopes(1, record.branch)
+        columns = self._columns(record)
         after = self._slopes(2, record.residual)
         known: Any = self.map.inspect(record.normed) if record.known is None else record.known
         matrix = self.map.transfer(record.normed, known)
@@ -122,9 +124,18 @@ class HalfLayer:
             own, shared: J and K of gradients at the output of the sublayer.
         """
         weight = self.sublayer.branch_scale**2
-        columns, after = self._slopes(1, record.branch), self._slopes(2, record.residual)
+        columns, after = self._columns(record), self._slopes(2, record.residual)
         own, shared = weight * columns[0] * after[0] * own, weight * columns[1] * after[1] * shared
         return self.map.before_centring(own, shared) if isinstance(self.map, AttentionMap) else (own, shared)
+
+    def _columns(self, record: Record) -> tuple[Any, Any]:
+        """Return what dropout and the output norm do to (J, K)."""
+        own, shared = self._slopes(1, record.branch)
+        return self._drop(own), shared
+
+    def _drop(self, mean_square: Any) -> Any:
+        rate = self.sublayer.dropout
+        return mean_square if isinstance(rate, float) and rate == 0.0 else mean_square / (1 - rate)
 
     def _normalise(self, slot: int, x: Moments) -> Moments:
         kernel = self._norms[slot]

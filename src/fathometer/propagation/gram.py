@@ -9,8 +9,8 @@ acts as
     \Gamma = \mu^2 \Gamma' + \tau^2 \hat N(\Sigma) \circ \bigl[\sigma_{OV}^2\, \mathcal M^{*} \Gamma' +
     \text{scores}\bigr]
 
-for attention, with the mixing ``M`` of the closure, and with elementwise activation kernels for an MLP. Exchangeable
-tokens are the special case of two distinct entries.
+for attention, with the mixing ``M`` of the closure, and with elementwise activation kernels for an MLP. Dropout adds to
+the diagonal, what two tokens share stays. Exchangeable tokens are the special case of two distinct entries.
 
 Source: derived in the documentation; the elementwise kernels for unequal variances as cited where they are defined.
 """
@@ -122,7 +122,7 @@ class GramHalfLayer:
         self._closure = closure
         self._branch = self._attend(mixing) if isinstance(sublayer.branch, SelfAttention) else self._perceive()
         out = self._branch if sublayer.output_norm is None else _overlap(self._kernels[1], self._branch)
-        self.added = sublayer.branch_scale**2 * out
+        self.added = sublayer.branch_scale**2 * with_noise(out, _lost(sublayer.dropout))
         self._residual = sublayer.skip_scale**2 * gram + self.added
         self.output = self._residual if sublayer.stream_norm is None else _overlap(self._kernels[2], self._residual)
 
@@ -130,13 +130,13 @@ class GramHalfLayer:
         """Map the gradient Gram matrix at the sublayer's output to that at its input."""
         rows, columns, after = self._slopes
         gradient = gradient * after
-        through = self._through(gradient * columns, forward=False)
+        through = self._through(with_noise(gradient * columns, _lost(self.sublayer.dropout)), forward=False)
         return np.asarray(self.sublayer.skip_scale**2 * gradient + self.sublayer.branch_scale**2 * rows * through)
 
     def forward(self, tangent: FloatArray) -> FloatArray:
         """Map the Gram matrix of a perturbation of the input to that of the output: the adjoint of :meth:`backward`."""
         rows, columns, after = self._slopes
-        through = columns * self._through(rows * tangent, forward=True)
+        through = with_noise(columns * self._through(rows * tangent, forward=True), _lost(self.sublayer.dropout))
         skip, weight = self.sublayer.skip_scale**2, self.sublayer.branch_scale**2
         return np.asarray(after * (skip * tangent + weight * through))
 
@@ -172,14 +172,34 @@ class GramHalfLayer:
             matrix = centred(matrix)
         out = self._mixing.forward(matrix) if forward else self._mixing.backward(matrix)
         if self._scores is not None:
-            path, coupling = self._scores
-            weight = self._score_factor
-            out = out + (
-                weight * path.forward(coupling * matrix) if forward else coupling * path.backward(weight * matrix)
-            )
+            out = out + self._through_scores(matrix, forward=forward)
+        if np.any(branch.attention_dropout):
+            out = out + _lost(branch.attention_dropout) * self._through_noise(matrix, forward=forward)
         if branch.centred and forward:
             out = centred(out)
         return np.asarray((branch.value * branch.output) ** 2 * out)
+
+    def _through_scores(self, matrix: FloatArray, *, forward: bool, noise: bool = False) -> FloatArray:
+        """Apply the gradient path through the scores; with ``noise`` that of independent noise on every weight."""
+        assert self._scores is not None
+        path, coupling = self._scores
+        weight = self._score_factor
+        if noise:
+            path = path.of_noise()
+        return np.asarray(
+            weight * path.forward(coupling * matrix) if forward else coupling * path.backward(weight * matrix)
+        )
+
+    def _through_noise(self, matrix: FloatArray, *, forward: bool) -> FloatArray:
+        """Apply what dropout on attention weights adds to the linear map: independent for every query and key."""
+        if forward:
+            out = diagonal_part(self._mixing.forward(diagonal_part(matrix)))
+            if self._scores is not None:
+                out = out + diagonal_part(self._through_scores(matrix, forward=True, noise=True))
+            return out
+        own = diagonal_part(matrix)
+        out = diagonal_part(self._mixing.backward(own))
+        return out if self._scores is None else out + self._through_scores(own, forward=False, noise=True)
 
     def _attend(self, mixing: FixedMixing | None) -> FloatArray:
         branch = self.sublayer.branch
@@ -211,7 +231,10 @@ class GramHalfLayer:
         self.statistics = _row_statistics(self.visible, score_gram, coupling, self._closure)
         if mixing is not None:
             self.statistics |= mixing.row_statistics(normed.shape[:-1])
-        mixed = (branch.value * branch.output) ** 2 * self._mixing.forward(normed)
+        mixed = self._mixing.forward(normed)
+        if np.any(branch.attention_dropout):
+            mixed = mixed + _lost(branch.attention_dropout) * diagonal_part(self._mixing.forward(diagonal_part(normed)))
+        mixed = (branch.value * branch.output) ** 2 * mixed
         return centred(mixed) if branch.centred else np.asarray(mixed + attention_bias(branch))
 
     def row_overlap(self) -> FloatArray:
@@ -241,6 +264,21 @@ class GramHalfLayer:
         self._preactivation = branch.gate**2 * self._normed
         scale = (branch.mlp_in * branch.mlp_out) ** 2
         return np.asarray(scale * _overlap(kernel, self._preactivation) * self._normed)
+
+
+def with_noise(gram: FloatArray, lost: Any) -> FloatArray:
+    """Return the Gram matrix of the same vectors under independent multiplicative noise of variance ``lost``."""
+    return gram + lost * diagonal_part(gram) if np.any(lost) else gram
+
+
+def diagonal_part(gram: FloatArray) -> FloatArray:
+    """Return the matrix with everything off the diagonal set to zero; shape ``(..., n, n)``."""
+    return np.asarray(gram * np.eye(gram.shape[-1]))
+
+
+def _lost(rate: Any) -> Any:
+    """Return the variance of inverted dropout's factor, ``p / (1 - p)``."""
+    return rate / (1 - rate)
 
 
 def centred(gram: FloatArray) -> FloatArray:

@@ -4,6 +4,7 @@ from fathometer.spec.batch import array_fields, at_point, batch_shape, cut_align
 from fathometer.spec.branches import ACTIVATIONS, MLP, Activation, Branch, GatedMLP, SelfAttention, hidden_width
 from fathometer.spec.fields import FIELDS, scaled_field, with_field
 from fathometer.spec.files import dumps_json, dumps_toml, from_dict, load, to_dict
+from fathometer.spec.network import Head, Network, PatchStem, Stem, TokenStem
 from fathometer.spec.norms import Derf, DyT, LayerNorm, Norm, PointwiseNorm, RMSNorm
 from fathometer.spec.pointwise import Pointwise
 from fathometer.spec.presets import FAMILIES, preset
@@ -20,15 +21,20 @@ __all__ = [
     "Derf",
     "DyT",
     "GatedMLP",
+    "Head",
     "LayerNorm",
+    "Network",
     "Norm",
+    "PatchStem",
     "Placement",
     "Pointwise",
     "PointwiseNorm",
     "RMSNorm",
     "Scales",
     "SelfAttention",
+    "Stem",
     "Sublayer",
+    "TokenStem",
     "Transformer",
     "array_fields",
     "at_point",

@@ -42,6 +42,14 @@ def checked(owner: object, name: str, *, low: float | None = 0.0, strict: bool =
     object.__setattr__(owner, name, float(array) if array.ndim == 0 else array)
 
 
+def checked_rate(owner: object, name: str) -> None:
+    """Validate that the field ``name`` is a dropout rate, or an array of them, in ``[0, 1)``."""
+    checked(owner, name)
+    rate = np.asarray(getattr(owner, name))
+    if np.any(rate >= 1):
+        raise SpecError(f"{type(owner).__name__}.{name} must lie in [0, 1); got {first_bad(rate, rate >= 1)}")
+
+
 def first_bad(array: FloatArray, bad: NDArray[np.bool_]) -> str:
     """Describe the first element of ``array`` marked in ``bad``, with its index when it is not a scalar."""
     if array.ndim == 0:

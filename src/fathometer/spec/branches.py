@@ -9,8 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeAlias
 
+import numpy as np
+
 from fathometer.errors import SpecError, nearest
-from fathometer.spec.arrays import Scale, checked, checked_count, checked_flag
+from fathometer.spec.arrays import Scale, checked, checked_count, checked_flag, checked_rate
 from fathometer.spec.pointwise import Pointwise
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "tanh", "erf", "identity")
@@ -41,6 +43,7 @@ class SelfAttention:
         qk_norm: Whether queries and keys are normalised per head before the product.
         centred: Whether the mean over tokens is subtracted from the output, biases included (gain-controlled
             attention, Giorlandino and Goldt, arXiv:2505.24333). Refused with ``causal``.
+        attention_dropout: Rate of the dropout on attention weights, after the softmax. Refused with ``centred``.
     """
 
     query: Scale
@@ -55,6 +58,7 @@ class SelfAttention:
     score_multiplier: Scale = 1.0
     qk_norm: bool = False
     centred: bool = False
+    attention_dropout: Scale = 0.0
     kind: Literal["self_attention"] = "self_attention"
     scale_names: ClassVar[tuple[str, ...]] = ("query", "key", "value", "output")
 
@@ -68,6 +72,9 @@ class SelfAttention:
                 "SelfAttention.centred subtracts a mean over all tokens, later ones included; "
                 "a causal model would need a running mean"
             )
+        checked_rate(self, "attention_dropout")
+        if self.centred and np.any(np.asarray(self.attention_dropout) > 0):
+            raise SpecError("SelfAttention.attention_dropout is not covered with centred attention")
         checked_count(self, "n_heads")
         if self.n_kv_heads is not None:
             checked_count(self, "n_kv_heads")

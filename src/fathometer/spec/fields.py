@@ -14,6 +14,7 @@ NORM_SLOTS = ("input_norm", "output_norm", "stream_norm")
 BRANCH_FIELDS = (
     *SelfAttention.scale_names,
     "score_multiplier",
+    "attention_dropout",
     "value_bias",
     "output_bias",
     *GatedMLP.scale_names,
@@ -21,7 +22,7 @@ BRANCH_FIELDS = (
     "out_bias",
 )
 NORM_FIELDS = ("alpha", "shift", "gain")
-RESIDUAL_FIELDS = ("skip_scale", "branch_scale", "residual_strength")
+RESIDUAL_FIELDS = ("skip_scale", "branch_scale", "residual_strength", "dropout")
 FIELDS = (*BRANCH_FIELDS, *NORM_FIELDS, *RESIDUAL_FIELDS)
 
 

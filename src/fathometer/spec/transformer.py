@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from fathometer.errors import SpecError
-from fathometer.spec.arrays import Scale, checked, checked_count, first_bad
+from fathometer.spec.arrays import Scale, checked, checked_count, checked_rate, first_bad
 from fathometer.spec.branches import MLP, Activation, Branch, GatedMLP, SelfAttention
 from fathometer.spec.norms import Norm
 
@@ -18,7 +18,8 @@ from fathometer.spec.norms import Norm
 class Sublayer:
     r"""One residual step of the stream.
 
-    .. math:: x \leftarrow N_\mathrm{stream}\bigl(\mu\, x + \tau\, N_\mathrm{out}(B(N_\mathrm{in}(x)))\bigr)
+    .. math:: x \leftarrow N_\mathrm{stream}\bigl(\mu\, x +
+              \tau\, \mathrm{drop}(N_\mathrm{out}(B(N_\mathrm{in}(x))))\bigr)
 
     Where the norm sits is which of the three slots is filled: pre-norm fills ``input_norm``, post-norm
     ``stream_norm``, a sandwich ``input_norm`` and ``output_norm``.
@@ -28,6 +29,7 @@ class Sublayer:
         input_norm, output_norm, stream_norm: The norms, ``None`` where there is none.
         skip_scale: The factor mu on the stream.
         branch_scale: The factor tau on the branch.
+        dropout: Rate of the dropout on what the branch adds; kept entries are divided by ``1 - dropout``.
     """
 
     branch: Branch
@@ -36,10 +38,12 @@ class Sublayer:
     stream_norm: Norm | None = None
     skip_scale: Scale = 1.0
     branch_scale: Scale = 1.0
+    dropout: Scale = 0.0
 
     def __post_init__(self) -> None:
         checked(self, "skip_scale")
         checked(self, "branch_scale")
+        checked_rate(self, "dropout")
 
     @classmethod
     def pre_norm(cls, branch: Branch, norm: Norm | None) -> Sublayer:
@@ -171,6 +175,8 @@ class Transformer:
         placement: Placement = Sublayer.pre_norm,
         skip_scale: Scale = 1.0,
         branch_scale: Scale = 1.0,
+        dropout: Scale = 0.0,
+        attention_dropout: Scale = 0.0,
     ) -> Transformer:
         """Return ``n_layers`` blocks of self-attention followed by an MLP, all described alike.
 
@@ -185,6 +191,8 @@ class Transformer:
             ratio: Hidden width of the MLP over ``d_model``.
             placement: ``Sublayer.pre_norm``, ``Sublayer.post_norm``, ``Sublayer.sandwich``, or your own.
             skip_scale, branch_scale: Residual factors mu and tau of every sublayer.
+            dropout: Rate of the dropout on what every branch adds.
+            attention_dropout: Rate of the dropout on attention weights.
         """
         if d_model % n_heads:
             raise SpecError(f"d_model must be a multiple of n_heads; got {d_model} and {n_heads}")
@@ -196,6 +204,7 @@ class Transformer:
             n_heads=n_heads,
             n_kv_heads=n_kv_heads,
             causal=causal,
+            attention_dropout=attention_dropout,
         )
         mlp: Branch
         if scales.gate is None:
@@ -205,7 +214,7 @@ class Transformer:
                 gate=scales.gate, mlp_in=scales.mlp_in, mlp_out=scales.mlp_out, activation=activation, ratio=ratio
             )
         sublayers = tuple(
-            replace(placement(branch, norm), skip_scale=skip_scale, branch_scale=branch_scale)
+            replace(placement(branch, norm), skip_scale=skip_scale, branch_scale=branch_scale, dropout=dropout)
             for branch in (attention, mlp)
         )
         return cls(blocks=(Block(sublayers=sublayers, repeat=n_layers),), d_model=d_model)
@@ -219,6 +228,17 @@ class Transformer:
     def is_causal(self) -> bool:
         """Whether any attention is causal, so that token positions are not alike."""
         return any(isinstance(s.branch, SelfAttention) and s.branch.causal for b in self.blocks for s in b.sublayers)
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether any dropout rate is positive."""
+        rates = (
+            rate
+            for block in self.blocks
+            for s in block.sublayers
+            for rate in (s.dropout, getattr(s.branch, "attention_dropout", 0.0))
+        )
+        return any(bool(np.any(np.asarray(rate) > 0)) for rate in rates)
 
     def layers(self) -> Iterator[Block]:
         """Yield the block of every layer in order; repeated blocks are the same object."""
@@ -243,6 +263,17 @@ class Transformer:
         if left:
             kept[-1] = replace(kept[-1], repeat=kept[-1].repeat + left)
         return replace(self, blocks=tuple(kept))
+
+    def without_dropout(self) -> Transformer:
+        """Return the same transformer in evaluation mode."""
+
+        def keep_all(sublayer: Sublayer) -> Sublayer:
+            branch = sublayer.branch
+            if isinstance(branch, SelfAttention):
+                branch = replace(branch, attention_dropout=0.0)
+            return replace(sublayer, branch=branch, dropout=0.0)
+
+        return self.map_sublayers(keep_all)
 
     def bidirectional(self) -> Transformer:
         """Return the same transformer without causal masks: late positions standing in for all."""
