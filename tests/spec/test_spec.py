@@ -193,7 +193,7 @@ MLP_PATH, ATTENTION_PATH, NORM_PATH = (
         (changed("blocks.0.sublayers.1.skip_scale", -1), r"sublayers\[1\]: Sublayer\.skip_scale must be >= 0; got -1"),
         (
             changed(MLP_PATH, "mlp"),
-            r"sublayers\[1\]\.branch must be a table with a 'kind'; got 'mlp'\. Accepted: gated",
+            r"sublayers\[1\]\.branch must be a table with a 'kind'; got 'mlp'\. Accepted: cross_attention, gated",
         ),
         (changed(f"{MLP_PATH}.kind", "mpl"), "branch.kind 'mpl' is unknown; did you mean 'mlp'"),
         (changed(f"{MLP_PATH}.mlp_inn", 1), r"branch has no field 'mlp_inn'; did you mean 'mlp_in'\?"),

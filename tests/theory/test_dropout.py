@@ -19,7 +19,10 @@ from fathometer.spec import DyT, LayerNorm, Scales, SelfAttention, Sublayer, Tra
 SCALES = Scales(query=1.1, key=1.0, value=0.9, output=1.1, mlp_in=1.2, mlp_out=1.0)
 
 
-def transformer(placement=Sublayer.pre_norm, norm=LayerNorm(), n_layers=2, d_model=64, **changes) -> Transformer:
+LAYER_NORM = LayerNorm()
+
+
+def transformer(placement=Sublayer.pre_norm, norm=LAYER_NORM, n_layers=2, d_model=64, **changes) -> Transformer:
     given = {"dropout": 0.2, "attention_dropout": 0.3, **changes}
     return Transformer.uniform(
         n_layers=n_layers,

@@ -22,7 +22,7 @@ from fathometer.attention import DEFAULT_CLOSURE, Annealed, Closure, Exact, Unif
 from fathometer.kernels import PairKernel, activation_kernel
 from fathometer.models import ReferenceTransformer, draw_weights, reference_network, tokens_with_gram
 from fathometer.observables import backward, predict
-from fathometer.propagation import branch_maps, exchangeable, gram, propagate, propagate_gram
+from fathometer.propagation import branch_maps, exchangeable, gram_half_layer, propagate, propagate_gram
 from fathometer.spec import (
     MLP,
     Block,
@@ -171,7 +171,7 @@ def lose_half(patch: pytest.MonkeyPatch) -> None:
         def slope_overlap(self, *moments: Any) -> Any:
             return 2 * self.kernel.slope_overlap(*moments)
 
-    for module in (exchangeable, gram):
+    for module in (exchangeable, gram_half_layer):
         patch.setattr(module, "activation_kernel", lambda activation: Doubled(activation_kernel(activation)))
 
 
@@ -230,8 +230,7 @@ def close_score_path(patch: pytest.MonkeyPatch) -> None:
             return found._replace(score=0 * found.score, score_pair=0 * found.score_pair)
 
         patch.setattr(kind, "statistics", wrong)
-    path = gram.GramHalfLayer._score_path
-    patch.setattr(gram.GramHalfLayer, "_score_path", lambda self, *a: (path(self, *a)[0], 0.0))
+    patch.setattr(gram_half_layer.GramHalfLayer, "_per_token", lambda self, coupling: 0.0)
 
 
 def lose_norm_slope(patch: pytest.MonkeyPatch) -> None:
@@ -242,7 +241,7 @@ def lose_norm_slope(patch: pytest.MonkeyPatch) -> None:
 def unmask(patch: pytest.MonkeyPatch) -> None:
     """Let every token see all others."""
     right = mixing.Visibility.__init__
-    patch.setattr(mixing.Visibility, "__init__", lambda self, n, *, causal: right(self, n, causal=False))
+    patch.setattr(mixing.Visibility, "__init__", lambda self, n, *, causal, **kw: right(self, n, causal=False, **kw))
 
 
 def forget_adjoint(patch: pytest.MonkeyPatch) -> None:

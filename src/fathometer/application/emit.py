@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 from fathometer.application.initialize import Applied, WeightRow
+from fathometer.application.named import Initialized
 from fathometer.errors import NotCoveredError, SpecError, nearest
 
 Style = Literal["torch", "megatron", "torchtitan"]
@@ -22,30 +23,46 @@ _TITAN = {
 }
 
 
-def emit(applied: Applied, style: Style = "torch") -> str:
+def emit(applied: Applied | Initialized, style: Style = "torch") -> str:
     """Return source code with the same effect as a write.
 
     Weights become initialisation lines, equal layers merged; residual factors become comments that say what the
     block's forward must compute, in place of the factors there.
 
     Args:
-        applied: What :func:`~fathometer.application.write_spec` returned.
+        applied: What :func:`~fathometer.application.write_spec` or :func:`~fathometer.application.initialize` returned.
         style: ``"torch"``: lines for the model that was written. ``"megatron"``: flags, and per-role lines for
             Megatron-Core parameter names. ``"torchtitan"``: an ``init_weights`` method of the block.
     Raises:
         SpecError: for an unknown style.
         NotCoveredError: for the latter two styles, if a block is not one attention and one MLP with these roles.
     """
+    inside, ends = (applied.blocks, applied) if isinstance(applied, Initialized) else (applied, None)
     match style:
         case "torch":
-            lines = _torch(applied)
+            lines = _torch(inside)
         case "megatron":
-            lines = _megatron(applied)
+            lines = _megatron(inside)
         case "torchtitan":
-            lines = _torchtitan(applied)
+            lines = _torchtitan(inside)
         case _:
             raise SpecError(f"there is no style {style!r}{nearest(str(style), STYLES)}")
-    return "\n".join([*lines, *_residual_comments(applied)]) + "\n"
+    outside = [] if ends is None else _ends(ends, code=style == "torch")
+    return "\n".join([*lines, *_residual_comments(inside), *outside]) + "\n"
+
+
+def _ends(applied: Initialized, *, code: bool) -> list[str]:
+    """Return lines for tables and matrices outside the blocks, as code or, for other parameter names, as comments."""
+    lines = [""] if applied.ends else []
+    for row in applied.ends:
+        place = _attribute("model", row.parameter.parameter) + row.parameter.key.removeprefix(row.parameter.parameter)
+        what = f"nn.init.normal_({place}, std={_number(row.std)})" if row.std else f"nn.init.zeros_({place})"
+        named = f"# {row.parameter.role}"
+        lines.append(f"{what}  {named}" if code else f"{named}: std {_number(row.std)}")
+    if applied.head_multiplier is not None:
+        name, factor = applied.head_multiplier
+        lines += ["", f"# logits: {_number(factor)} * {_attribute('model', name) if code else 'the output layer'}(...)"]
+    return lines
 
 
 def _torch(applied: Applied) -> list[str]:

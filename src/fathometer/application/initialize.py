@@ -17,9 +17,11 @@ from fathometer.measurement.sounding import record_calls
 from fathometer.measurement.untouched import untouched
 from fathometer.models import Stack, SublayerReading, WeightSlice, check_weights, find_stacks, named_stack, read_block
 from fathometer.models.branches import leaving, producer_of, split_branches
+from fathometer.models.reading import spec_of
 from fathometer.models.seeding import named_generator
 from fathometer.models.trace import Trace, tracing
-from fathometer.spec import GatedMLP, SelfAttention, Sublayer, Transformer, array_fields
+from fathometer.models.weights import check_order
+from fathometer.spec import CrossAttention, GatedMLP, SelfAttention, Sublayer, Transformer, array_fields
 
 #: Field of a branch with the standard deviation of a role's bias; roles that are missing have none in the theory.
 _BIASES = {"value": "value_bias", "output": "output_bias", "mlp_in": "in_bias", "mlp_out": "out_bias"}
@@ -180,6 +182,46 @@ def write_spec(
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class ModelInside:
+    """What the blocks of a model compute.
+
+    Attributes:
+        names: Full names of the blocks.
+        spec: The transformer they make, with the scales of their weights.
+        own_factors: Residual factors other than one that the model's code applies, in words.
+    """
+
+    names: tuple[str, ...]
+    spec: Transformer
+    own_factors: tuple[str, ...]
+
+
+def read_model(model: nn.Module, batch: Any, blocks: str | Sequence[nn.Module] | None = None) -> ModelInside:
+    """Read the blocks of a model, one traced call each; the model is left as found.
+
+    Args:
+        model: A torch module with residual blocks.
+        batch: What it can be called with.
+        blocks: Path of the block container, or the blocks, where they are not found on their own.
+    Raises:
+        NotCoveredError: naming the block and what the theory has no map for.
+        ModelError, BatchError: as :func:`write_spec`.
+    """
+    check_weights(model)
+    inserted = [(module, hook.residual_factor) for module, hook in multipliers_in(model)]
+    for _, hook in multipliers_in(model):
+        hook.remove()
+    try:
+        stack, width, read = _read(model, batch, blocks)
+    finally:
+        for module, factor in inserted:
+            ResidualMultiplier(module, factor)
+    tolerance = _tolerance(stack)
+    own = [text for block in read for text in _own_factors(block, tolerance)]
+    return ModelInside(names=stack.names, spec=spec_of([block.parts for block in read], width), own_factors=tuple(own))
+
+
 def _read(
     model: nn.Module, batch: Any, blocks: str | Sequence[nn.Module] | None
 ) -> tuple[Stack, int, list[_ReadBlock]]:
@@ -223,6 +265,7 @@ def _located(name: str, parts: tuple[SublayerReading, ...], trace: Trace) -> _Re
     """Return a block's reading together with the module that puts out each branch."""
     exits, epsilons = [], []
     for branch, part in zip(split_branches(trace), parts, strict=True):
+        check_order(branch, part.roles)
         # Behind a norm on the branch, else right at its last matrix: dropout and layer scale commute with a factor.
         exit_name = branch.exit.name if part.sublayer.output_norm is None else leaving(branch, trace)[3]
         module = next(call.module for call in trace.calls if call.name == exit_name)
@@ -267,7 +310,7 @@ def _fixed(sublayer: Sublayer) -> dict[str, Any]:
     if isinstance(branch, SelfAttention):
         out |= {key: getattr(branch, key) for key in ("n_heads", "causal", "qk_norm", "score_multiplier")}
         out["n_kv_heads"] = branch.n_kv_heads or branch.n_heads
-    else:
+    elif not isinstance(branch, CrossAttention):
         out |= {"activation": branch.activation, "ratio": branch.ratio}
     return out
 
@@ -348,7 +391,7 @@ def _residual_rows(
     own_factors: list[str] = []
     deviation = 0.0
     by_module: dict[int, ResidualRow] = {}
-    tolerance = max(1e-5, *(4 * torch.finfo(parameter.dtype).eps for parameter in stack.blocks[0].parameters()))
+    tolerance = _tolerance(stack)
     for layer, (block, wanted) in enumerate(zip(read, target.layers(), strict=True)):
         own = tuple(part.sublayer for part in block.parts)
         try:
@@ -370,11 +413,7 @@ def _residual_rows(
         deviation = max(
             [deviation, *(0.5 * eps * abs(1 - g * g) for eps, g in zip(block.epsilons, sizes[:-1], strict=True))]
         )
-        own_factors += [
-            f"{float(s.skip_scale):g} on the skip and {float(s.branch_scale):g} on the branch of {exit_name!r}"
-            for s, exit_name in zip(own, block.exits, strict=True)
-            if any(abs(float(factor) - 1) > tolerance for factor in (s.skip_scale, s.branch_scale))
-        ]
+        own_factors += _own_factors(block, tolerance)
     notes = []
     if own_factors:
         rest = f" and {len(own_factors) - 1} more" if len(own_factors) > 1 else ""
@@ -385,6 +424,20 @@ def _residual_rows(
             "where the skip factor is carried by the block's output"
         )
     return rows, notes
+
+
+def _tolerance(stack: Stack) -> float:
+    """Return the relative error of residual factors read off tensors."""
+    return max(1e-5, *(4 * torch.finfo(parameter.dtype).eps for parameter in stack.blocks[0].parameters()))
+
+
+def _own_factors(block: _ReadBlock, tolerance: float) -> list[str]:
+    """Describe the residual factors other than one that the code of a block applies."""
+    return [
+        f"{float(s.skip_scale):g} on the skip and {float(s.branch_scale):g} on the branch of {exit_name!r}"
+        for s, exit_name in zip((part.sublayer for part in block.parts), block.exits, strict=True)
+        if any(abs(float(factor) - 1) > tolerance for factor in (s.skip_scale, s.branch_scale))
+    ]
 
 
 def _draw(model: nn.Module, rows: list[WeightRow], seed: int) -> None:

@@ -16,13 +16,13 @@ own code already applies are divided out.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fathometer.errors import NotCoveredError
+from fathometer.errors import ModelError, NotCoveredError, nearest
 from fathometer.spec import LayerNorm, Norm, RMSNorm, Sublayer
 
 
@@ -58,10 +58,45 @@ def multipliers_in(model: nn.Module) -> list[tuple[nn.Module, ResidualMultiplier
     ]
 
 
+def multiplier_table(model: nn.Module) -> dict[str, float]:
+    """Return the factor on every module's output, by full module name: what a ``state_dict`` does not hold."""
+    names = {id(module): name for name, module in model.named_modules()}
+    table: dict[str, float] = {}
+    for module, hook in multipliers_in(model):
+        name = names[id(module)]
+        table[name] = table.get(name, 1.0) * hook.residual_factor
+    return table
+
+
+def insert_multipliers(model: nn.Module, table: Mapping[str, float]) -> None:
+    """Put the multipliers of :func:`multiplier_table` into a model of the same modules, in place of any it has.
+
+    Raises:
+        ModelError: naming the module the model does not have.
+    """
+    modules = dict(model.named_modules())
+    for name in table:
+        if name not in modules:
+            raise ModelError(f"the model has no module {name!r} to multiply the output of{nearest(name, modules)}")
+    remove_multipliers(model)
+    for name, factor in table.items():
+        ResidualMultiplier(modules[name], float(factor))
+
+
 def remove_multipliers(model: nn.Module) -> None:
     """Take every residual multiplier out of a model, a copied or unpickled one included; weights stay."""
     for _, hook in multipliers_in(model):
         hook.remove()
+
+
+def modules_sharing(model: nn.Module, parameters: Collection[str]) -> list[str]:
+    """Return the full names of modules, other than embeddings, that hold any of the named parameters themselves."""
+    shared = {id(parameter) for name, parameter in model.named_parameters() if name in parameters}
+    return [
+        name
+        for name, module in model.named_modules()
+        if not isinstance(module, nn.Embedding) and any(id(p) in shared for p in module.parameters(recurse=False))
+    ]
 
 
 def insertable_factors(

@@ -11,9 +11,18 @@ from fathometer.attention.closure import (
     exact_value_path,
 )
 from fathometer.attention.corrections import cosine_heterogeneity, few_head_average, tilted
+from fathometer.attention.cross_rows import CrossRows
 from fathometer.attention.exact import Exact
-from fathometer.attention.matched import Matched, matched
-from fathometer.attention.mixing import AnnealedMixing, FixedMixing, Mixing, UniformMixing, Visibility
+from fathometer.attention.exchangeable_rows import ExchangeableMixing, ExchangeablePath, ExchangeableRows
+from fathometer.attention.joint_rows import (
+    JointAverages,
+    JointRows,
+    JointScorePath,
+    PairContraction,
+    ScoreResponse,
+)
+from fathometer.attention.matched import Matched, matched, matched_to_memory
+from fathometer.attention.mixing import AnnealedMixing, FixedMixing, Mixing, UniformMixing, Visibility, WholeMemory
 from fathometer.attention.named import CLOSURES, DEFAULT_CLOSURE, as_closure
 from fathometer.attention.random_energy import (
     RandomEnergy,
@@ -21,6 +30,8 @@ from fathometer.attention.random_energy import (
     critical_beta,
     poisson_dirichlet_moment,
 )
+from fathometer.attention.row_quadrature import QuadratureRows
+from fathometer.attention.sampled_rows import SampledRows
 from fathometer.attention.score_path import ScorePath
 from fathometer.attention.softmax_rows import PairAverages, RowAverages, pair_averages, row_averages
 
@@ -32,19 +43,31 @@ __all__ = [
     "AnnealedMixing",
     "AttentionStatistics",
     "Closure",
+    "CrossRows",
     "Exact",
+    "ExchangeableMixing",
+    "ExchangeablePath",
+    "ExchangeableRows",
     "FixedMixing",
+    "JointAverages",
+    "JointRows",
+    "JointScorePath",
     "Matched",
     "Mixing",
     "PairAverages",
+    "PairContraction",
+    "QuadratureRows",
     "RandomEnergy",
     "RowAverages",
+    "SampledRows",
     "ScorePath",
+    "ScoreResponse",
     "Uniform",
     "UniformLargeN",
     "UniformMixing",
     "ValuePath",
     "Visibility",
+    "WholeMemory",
     "along_cosine",
     "as_closure",
     "condensation",
@@ -53,6 +76,7 @@ __all__ = [
     "exact_value_path",
     "few_head_average",
     "matched",
+    "matched_to_memory",
     "pair_averages",
     "poisson_dirichlet_moment",
     "row_averages",

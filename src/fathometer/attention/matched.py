@@ -72,6 +72,30 @@ def matched(closure: Closure, visible: Visibility, scores: FloatArray, coupling:
     index = np.arange(len(n))
     beta_factor[..., index, index] = _beta_factor(rows.y2, n, own)
     score[..., index, index] = np.where(n > 1, rows.score * n**2 / np.maximum(n - 1, 1.0), 1.0)
+    # A row of one key is one whatever its score, and tilts no other row.
+    beta_factor[..., (n[:, None] == 1) | (n[None, :] == 1)] = 0.0
+    return Matched(beta_factor, score)
+
+
+def matched_to_memory(closure: Closure, n_keys: int, own: FloatArray, correlation: FloatArray) -> Matched:
+    """Compare a closure with annealed and uniform weights on a memory whose tokens every query sees.
+
+    Args:
+        closure: The closure.
+        n_keys: Number of the memory's tokens.
+        own: Score variance of every query, shape ``(..., n)``.
+        correlation: Correlation of the scores of two queries at one key, shape ``(..., n, n)``.
+    Returns:
+        The factors. Cost: one evaluation of the closure for every pair of queries.
+    """
+    n = float(n_keys)
+    variance = np.sqrt(own[..., :, None] * own[..., None, :])
+    correlation = np.where(np.abs(correlation) < _SMALL, _SMALL, np.clip(correlation, -1.0, 1.0))
+    beta_factor, score = _factors(closure, n, variance, correlation)
+    rows = closure.statistics(n, own, 0.0 * own, entropy=False)
+    index = np.arange(own.shape[-1])
+    beta_factor[..., index, index] = _beta_factor(rows.y2, n, own)
+    score[..., index, index] = rows.score * n**2 / (n - 1) if n_keys > 1 else 1.0
     return Matched(beta_factor, score)
 
 
@@ -79,15 +103,18 @@ def _between_counts(
     closure: Closure, n: FloatArray, variance: FloatArray, correlation: FloatArray
 ) -> tuple[FloatArray, FloatArray]:
     """Return the factors under a causal mask, interpolated in log n between powers of two."""
-    larger = np.maximum(np.maximum(n[:, None], n[None, :]), 2.0)
-    octave = np.log2(larger)
+    later, earlier = np.tril_indices(len(n))  # the factors are symmetric in the two queries
+    octave = np.log2(np.maximum(np.maximum(n[later], n[earlier]), 2.0))
     out = np.zeros((2, *variance.shape))
     for power in range(1, int(np.ceil(octave.max())) + 1):
         share = np.maximum(1 - np.abs(octave - power), 0.0)
-        pairs = share > 0
-        found = _factors(closure, 2.0**power, variance[..., pairs], correlation[..., pairs])
+        kept = share > 0
+        a, b = later[kept], earlier[kept]
+        found = _factors(closure, 2.0**power, variance[..., a, b], correlation[..., a, b])
         for total, factor in zip(out, found, strict=True):
-            total[..., pairs] += share[pairs] * factor
+            total[..., a, b] += share[kept] * factor
+    for total in out:
+        total[..., earlier, later] = total[..., later, earlier]
     return out[0], out[1]
 
 
@@ -109,11 +136,23 @@ def _beta_factor(overlap: Any, n: Any, covariance: FloatArray) -> FloatArray:
 
 
 def _common_spread(visible: Visibility, scores: FloatArray) -> FloatArray:
-    """Return, for every pair of queries, the unbiased spread ``mean C_cc - mean C_cd`` over the keys both see."""
-    n = visible.counts
-    diagonal = np.diagonal(scores, axis1=-2, axis2=-1)
-    square = visible.over_keys(diagonal, -1) / n
-    mean = np.diagonal(visible.key_pairs(scores), axis1=-2, axis2=-1) / n**2
-    spread = np.maximum(square - mean, 0.0) * n / np.maximum(n - 1, 1)
-    fewer = np.minimum(np.arange(len(n))[:, None], np.arange(len(n))[None, :])
-    return np.asarray(spread[..., fewer] if visible.causal else np.broadcast_to(spread[..., :1, None], scores.shape))
+    """Return, for every pair of queries, the unbiased spread ``mean C_cc - mean C_cd`` over the keys both see.
+
+    Keys of different samples are paired by their positions.
+    """
+    samples = visible.n_samples
+    n = visible.counts[: len(visible.counts) // samples]
+    aligned = _same_position(scores, samples)  # of two samples and a position
+    square = np.cumsum(aligned, axis=-1) if visible.causal else aligned.sum(axis=-1, keepdims=True)
+    spread = square / n - _same_position(visible.key_pairs(scores), samples) / n**2
+    own = np.eye(samples, dtype=bool)[..., None]
+    spread = np.where(own, np.maximum(spread, 0.0), spread) * n / np.maximum(n - 1, 1)
+    positions = np.arange(len(n))
+    fewer = np.minimum(positions[:, None], positions[None, :])
+    return np.asarray(np.swapaxes(spread[..., fewer], -3, -2).reshape(scores.shape))
+
+
+def _same_position(matrix: FloatArray, samples: int) -> FloatArray:
+    """Return the entries of tokens at equal positions of two samples; shape ``(..., samples, samples, length)``."""
+    blocks = matrix.reshape(*matrix.shape[:-2], samples, matrix.shape[-1] // samples, samples, -1)
+    return np.diagonal(blocks, axis1=-3, axis2=-1)

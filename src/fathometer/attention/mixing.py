@@ -10,6 +10,7 @@ prefix b <= a; then sums over visible keys are cumulative sums and every mixing 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -35,24 +36,46 @@ class Mixing(Protocol):
 
 
 class Visibility:
-    """Sums over visible keys and over the queries that see a key, for full or causal attention."""
+    """Sums over visible keys and over the queries that see a key, for full or causal attention.
 
-    def __init__(self, n_tokens: int, *, causal: bool) -> None:
-        self.causal = causal
-        self.counts = np.arange(1.0, n_tokens + 1) if causal else np.full(n_tokens, float(n_tokens))
-        self.pairs = np.outer(self.counts, self.counts)
+    Args:
+        n_tokens: Number of tokens, of all samples together.
+        causal: Whether a token sees only itself and those before it.
+        n_samples: Number of samples of equal length, one after the other; a token sees its own sample only.
+    """
+
+    def __init__(self, n_tokens: int, *, causal: bool, n_samples: int = 1) -> None:
+        self.causal, self.n_samples = causal, n_samples
+        length = n_tokens // n_samples
+        self.counts: FloatArray = np.tile(
+            np.arange(1.0, length + 1) if causal else np.full(length, float(length)), n_samples
+        )
+        self.pairs: FloatArray = np.outer(self.counts, self.counts)
 
     def over_keys(self, x: FloatArray, axis: int) -> FloatArray:
         """Replace the key index on ``axis`` by the query index, summing over the keys that query sees."""
+        return self._in_samples(x, axis, self._key_sums)
+
+    def over_queries(self, x: FloatArray, axis: int) -> FloatArray:
+        """Replace the query index on ``axis`` by the key index, summing over the queries that see that key."""
+        return self._in_samples(x, axis, self._query_sums)
+
+    def _key_sums(self, x: FloatArray, axis: int) -> FloatArray:
         if self.causal:
             return np.cumsum(x, axis=axis)
         return np.broadcast_to(x.sum(axis=axis, keepdims=True), x.shape)
 
-    def over_queries(self, x: FloatArray, axis: int) -> FloatArray:
-        """Replace the query index on ``axis`` by the key index, summing over the queries that see that key."""
+    def _query_sums(self, x: FloatArray, axis: int) -> FloatArray:
         if self.causal:
             return np.flip(np.cumsum(np.flip(x, axis), axis=axis), axis)
         return np.broadcast_to(x.sum(axis=axis, keepdims=True), x.shape)
+
+    def _in_samples(self, x: FloatArray, axis: int, sums: Callable[[FloatArray, int], FloatArray]) -> FloatArray:
+        if self.n_samples == 1:
+            return sums(x, axis)
+        last = np.moveaxis(x, axis, -1)
+        split = last.reshape(*last.shape[:-1], self.n_samples, -1)
+        return np.moveaxis(sums(split, -1).reshape(last.shape), -1, axis)
 
     def key_pairs(self, x: FloatArray) -> FloatArray:
         """Sum over the pairs of keys visible to each pair of queries."""
@@ -61,6 +84,18 @@ class Visibility:
     def query_pairs(self, x: FloatArray) -> FloatArray:
         """Sum over the pairs of queries that see each pair of keys."""
         return self.over_queries(self.over_queries(x, -2), -1)
+
+
+class WholeMemory:
+    """Sums over the tokens of a memory that every query sees: one number for all pairs of queries, and back."""
+
+    def key_pairs(self, x: FloatArray) -> FloatArray:
+        """Sum over pairs of the memory's tokens; shape ``(..., 1, 1)``."""
+        return np.asarray(x.sum(axis=(-2, -1), keepdims=True))
+
+    def query_pairs(self, x: FloatArray) -> FloatArray:
+        """Sum over pairs of queries; shape ``(..., 1, 1)``."""
+        return np.asarray(x.sum(axis=(-2, -1), keepdims=True))
 
 
 class FixedMixing:
@@ -123,14 +158,24 @@ class AnnealedMixing:
         score_gram: The matrix C, shape ``(..., n, n)``.
         coupling: sigma_QK^2.
         beta_factor: Factor on beta, a number or one for each pair of queries.
+        query_gram: The matrix that takes the place of C in beta, where queries are other tokens than keys; shape
+            ``(..., m, m)`` for m queries that all see the :class:`WholeMemory`.
     Raises:
         NotCoveredError: if the exponents spread by more than 60, far outside the range where annealing is valid.
     """
 
-    def __init__(self, visible: Visibility, score_gram: FloatArray, coupling: Any, *, beta_factor: Any = 1.0) -> None:
+    def __init__(
+        self,
+        visible: Visibility | WholeMemory,
+        score_gram: FloatArray,
+        coupling: Any,
+        *,
+        beta_factor: Any = 1.0,
+        query_gram: FloatArray | None = None,
+    ) -> None:
         self.visible = visible
         top = np.max(score_gram, axis=(-2, -1), keepdims=True)
-        beta = coupling * score_gram * beta_factor
+        beta = coupling * (score_gram if query_gram is None else query_gram) * beta_factor
         low, high = float(np.min(beta)), float(np.max(beta))
         width = float(np.max(top - np.min(score_gram, axis=(-2, -1), keepdims=True)))
         spread = max(high, -low) * width

@@ -27,6 +27,9 @@ class ScorePath:
         visible: Which keys each query sees.
         values: Gram matrix of the tokens as values, shape ``(..., n, n)``.
         scores: Gram matrix of the tokens as they enter the scores, same shape.
+
+    Attributes:
+        response: The factor of the query path, elementwise; same shape.
     """
 
     def __init__(self, visible: Visibility, values: FloatArray, scores: FloatArray) -> None:
@@ -42,7 +45,7 @@ class ScorePath:
         both = visible.key_pairs(scores * values) / visible.pairs
         tilted = visible.over_keys(score_mean * row_mean, -1) / visible.counts
         score_pair = visible.over_keys(score_mean, -1) / visible.counts
-        self._query = both - tilted - np.swapaxes(tilted, -1, -2) + score_pair * self._pair_mean
+        self.response = both - tilted - np.swapaxes(tilted, -1, -2) + score_pair * self._pair_mean
 
     def of_noise(self) -> ScorePath:
         """Return the map for values that are independent between keys, as dropout on attention weights makes them."""
@@ -54,11 +57,11 @@ class ScorePath:
         seen = gradient * self._weight
         cross = visible.over_queries(visible.over_queries(seen, -2) * self._key_mean, -1)
         keys = self._values * visible.query_pairs(seen) + visible.query_pairs(seen * self._pair_mean)
-        return np.asarray(keys - cross - np.swapaxes(cross, -1, -2) + gradient * self._query)
+        return np.asarray(keys - cross - np.swapaxes(cross, -1, -2) + gradient * self.response)
 
     def forward(self, tangent: FloatArray) -> FloatArray:
         """Apply the adjoint: map the Gram matrix of a perturbation of the tokens to that of the output."""
         visible = self._visible
         cross = visible.over_keys(self._key_mean * visible.over_keys(tangent, -1), -2)
         keys = visible.key_pairs(self._values * tangent) + self._pair_mean * visible.key_pairs(tangent)
-        return np.asarray(self._weight * (keys - cross - np.swapaxes(cross, -1, -2)) + tangent * self._query)
+        return np.asarray(self._weight * (keys - cross - np.swapaxes(cross, -1, -2)) + tangent * self.response)

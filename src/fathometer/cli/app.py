@@ -13,9 +13,10 @@ from typing import Annotated
 import typer
 
 from fathometer.cli.diagram import diagram
+from fathometer.cli.predict import predict
 from fathometer.cli.prescribe import prescribe
 from fathometer.cli.reproduce import reproduce
-from fathometer.cli.specs import named_spec
+from fathometer.cli.widths import coordinate_check, transfer_check, widths
 from fathometer.errors import FathometerError, MissingExtraError
 
 app = typer.Typer(
@@ -29,7 +30,6 @@ app = typer.Typer(
 ModelName = Annotated[
     str, typer.Argument(help="hf:NAME, timm:NAME, or path/to/file.py:function returning a torch module.")
 ]
-SpecName = Annotated[str, typer.Argument(help="A .toml or .json spec, or preset:NAME (gpt2, bert, llama, vit).")]
 Layers = Annotated[int | None, typer.Option(help="Number of blocks; the architecture's own by default.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
@@ -99,49 +99,13 @@ def diagnose(
         raise typer.Exit(1)
 
 
-@app.command()
-def predict(
-    spec: SpecName,
-    tokens: Annotated[int, typer.Option(help="Number of tokens.")] = 128,
-    q: Annotated[float, typer.Option(help="Mean square of a token per coordinate at the first block.")] = 1.0,
-    p: Annotated[float, typer.Option(help="Mean overlap of two tokens there, between -q/(tokens-1) and q.")] = 0.4,
-    layers: Layers = None,
-    closure: Annotated[
-        str, typer.Option(help="How the softmax is averaged: annealed, uniform, uniform_large_n.")
-    ] = "exact",
-    as_json: AsJson = False,
-) -> None:
-    """Predict every layer's statistics from a spec; theory only, no torch."""
-    from fathometer import observables
-
-    described = named_spec(spec, layers)
-    profile = observables.predict(described, n_tokens=tokens, q=q, p=p, closure=closure)
-    if as_json:
-        print(profile.to_json())
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{spec}: {profile.n_layers} blocks, {tokens} tokens, {profile.about['closure']} closure")
-    columns = ("q", "cosine", "apjn_log", "gradient_log", "gradient_alignment")
-    for heading in ("block", "q", "cosine", "ln J to output", "ln pooled gradient", "K/J"):
-        table.add_column(heading, justify="right")
-    count = min(profile.n_layers, 12)
-    for index in sorted({round(i * profile.n_layers / count) for i in range(count + 1)}):
-        table.add_row(str(index), *(f"{profile.curves[name][index]:.5g}" for name in columns))
-    console = Console()
-    console.print(table)
-    try:
-        grown = observables.growth(described, n_tokens=tokens, q=q, p=p, closure=closure, depth=2000)
-    except FathometerError as error:
-        console.print(f"Growth class not determined: {error}", highlight=False)
-    else:
-        console.print(f"Repeating the last block: {grown.sentence}.", highlight=False)
-
-
+app.command()(predict)
 app.command()(diagram)
 app.command()(prescribe)
 app.command()(reproduce)
+app.command()(widths)
+app.command()(coordinate_check)
+app.command()(transfer_check)
 
 
 def main() -> None:

@@ -6,16 +6,23 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from itertools import groupby, pairwise
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from fathometer.cli.initialize import initialize_model
 from fathometer.cli.specs import named_spec
 from fathometer.errors import SpecError
 
 
 def prescribe(
-    spec: Annotated[str, typer.Argument(help="A .toml or .json spec, or preset:NAME.")],
+    spec: Annotated[
+        str,
+        typer.Argument(
+            help="A .toml or .json spec, or preset:NAME; with --scheme also hf:NAME or my_model.py:function."
+        ),
+    ],
     norm: Annotated[str | None, typer.Option(help="Put this norm in every input slot first: dyt or derf.")] = None,
     field: Annotated[str, typer.Option(help="What to solve for: alpha, branch_scale, mlp_out, ...")] = "alpha",
     match: Annotated[
@@ -38,7 +45,7 @@ def prescribe(
         str | None, typer.Option(help="Print what this initialisation scheme sets instead: deepscalelm, gpt2, ...")
     ] = None,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Print what theory says of every scheme instead, without dropout.")
+        bool, typer.Option("--compare", help="Print what theory says of every scheme instead, at one dropout rate.")
     ] = False,
     layers: Annotated[int | None, typer.Option(help="Of a scheme: number of blocks, by default the spec's.")] = None,
     k: Annotated[float | None, typer.Option(help="Of deepscalelm: beta^2 = k / N^alpha.")] = None,
@@ -49,15 +56,45 @@ def prescribe(
         float | None, typer.Option(help="Of deepscalelm: cosine of two embeddings, by default p / q.")
     ] = None,
     reference: Annotated[bool, typer.Option("--reference", help="Of deepscalelm: the published recurrence.")] = False,
+    batch: Annotated[
+        str | None, typer.Option(help="Of a scheme on a model: text, tokens:WIDTHxCOUNT, or a .pt, .npy or .txt file.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of a scheme on a model: which draw.")] = 0,
+    emit: Annotated[
+        str | None,
+        typer.Option(help="Of a scheme on a model: print code instead, for torch, megatron or torchtitan."),
+    ] = None,
+    apply: Annotated[
+        Path | None,
+        typer.Option(help="Of a scheme on a model: write its state_dict and residual multipliers to this .pt file."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Solve for the one number that gives each depth the gradients one wants, or print initialisation schemes."""
     from fathometer.prescription import solve_field
     from fathometer.propagation import check_moments
 
-    described = _with_norm(named_spec(spec), norm)
     options = {"k": k, "alpha": alpha, "count": count, "dropout": dropout, "r0": r0, "reference": reference or None}
     given = {name: option for name, option in options.items() if option is not None}
+    if spec.startswith(("hf:", "timm:")) or ".py:" in spec:
+        if scheme is None or compare or norm is not None:
+            raise SpecError("a model takes --scheme; predictions from p and q are for specs")
+        initialize_model(
+            spec,
+            scheme,
+            layers=layers,
+            batch=batch,
+            tokens=tokens,
+            seed=seed,
+            options=given,
+            emit=emit,
+            apply=apply,
+            as_json=as_json,
+        )
+        return
+    if emit is not None or apply is not None or batch is not None:
+        raise SpecError("--emit, --apply and --batch belong to a model, as in hf:gpt2")
+    described = _with_norm(named_spec(spec), norm)
     if scheme is not None or compare:
         q = 1.0 if q is None else q
         p = 0.4 * q if p is None else p

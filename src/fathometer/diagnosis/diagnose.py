@@ -13,6 +13,7 @@ from torch import nn
 
 from fathometer._version import __version__
 from fathometer.attention import DEFAULT_CLOSURE, Closure, as_closure
+from fathometer.diagnosis.cautions import cautions
 from fathometer.diagnosis.comparison import compare
 from fathometer.diagnosis.criteria import CRITERIA, Evidence
 from fathometer.diagnosis.remedies import Start, remedies
@@ -20,6 +21,7 @@ from fathometer.diagnosis.report import Finding, Remedy, Report
 from fathometer.diagnosis.thresholds import DEFAULT_THRESHOLDS, Thresholds
 from fathometer.errors import DomainError, NotCoveredError
 from fathometer.measurement import Measurement, observe
+from fathometer.measurement.batches import as_batch
 from fathometer.models.reading import ModelReading
 from fathometer.observables import attention_beta, predict
 from fathometer.results import Profile
@@ -82,6 +84,7 @@ def diagnose(
         )
         cures = (*_redraw(found, findings), *remedies(findings, found.reading, start, thresholds, skips))
     width = int(found.profile.about["d_model"])
+    notes = [*found.notes, *cautions(model, as_batch(batch), found.reading)]
     return Report(
         name=name or type(model).__name__,
         measured=found.profile,
@@ -90,7 +93,7 @@ def diagnose(
         comparison=None if theory is None else compare(found.profile, theory, width=width),
         findings=findings,
         remedies=cures,
-        about=_about(found, theory, averaging, thresholds),
+        about={**_about(found, theory, averaging, thresholds), "notes": notes},
     )
 
 
@@ -204,7 +207,6 @@ def _about(found: Measurement, theory: Profile | None, closure: Closure, thresho
         if reading is None or theory is None
         else _temperatures(reading, theory, int(found.gram.shape[-1])),
         "other_stacks": list(found.other_stacks),
-        "notes": list(found.notes),
         "thresholds": {key: float(value) for key, value in vars(thresholds).items()},
         "versions": {
             "fathometer": __version__,

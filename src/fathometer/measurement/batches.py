@@ -65,6 +65,34 @@ def as_batch(inputs: Any) -> Batch:
     return batch
 
 
+def default_batch(model: nn.Module, *, n_tokens: int = 64, batch_size: int = 2) -> Batch:
+    """Return a batch for a model with a Hugging Face configuration: text as bytes, or Gaussian pixels.
+
+    Raises:
+        BatchError: for any other model.
+    """
+    config: Any = getattr(model, "config", None)
+    kind = getattr(model, "main_input_name", None)
+    if kind == "pixel_values" and hasattr(config, "image_size"):
+        generator = torch.Generator().manual_seed(0)
+        shape = (batch_size, int(getattr(config, "num_channels", 3)), *(int(config.image_size),) * 2)
+        return Batch({"pixel_values": torch.randn(shape, generator=generator)}, f"{batch_size} Gaussian images")
+    if kind != "input_ids" or not hasattr(config, "vocab_size"):
+        raise BatchError(f"a batch is needed: {type(model).__name__} does not say what it takes")
+    positions = int(getattr(config, "max_position_embeddings", getattr(config, "n_positions", n_tokens)) or n_tokens)
+    loaded = LoadedModel(
+        model=model,
+        name=type(model).__name__,
+        kind="text",
+        max_tokens=positions,
+        vocabulary=int(config.vocab_size),
+    )
+    batch = load_batch("text", loaded, n_tokens=min(n_tokens, positions), batch_size=batch_size)
+    if getattr(config, "is_encoder_decoder", False):
+        return Batch({**batch.inputs, "decoder_input_ids": batch.inputs["input_ids"]}, batch.label)
+    return batch
+
+
 def load_batch(source: str | None, loaded: LoadedModel, *, n_tokens: int = 64, batch_size: int = 2) -> Batch:
     """Load the batch a user names, or the default one for the kind of model.
 

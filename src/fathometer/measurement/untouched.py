@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -32,3 +32,16 @@ def untouched(model: nn.Module) -> Iterator[None]:
             config.use_cache = True
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def trainable(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Let gradients reach parameters, also frozen ones; afterwards every one is as before."""
+    kept = [(parameter, parameter.requires_grad) for parameter in parameters]
+    try:
+        for parameter, _ in kept:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter, flag in kept:
+            parameter.requires_grad_(flag)

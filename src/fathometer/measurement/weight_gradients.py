@@ -10,8 +10,7 @@ Source: the quantity, Giorlandino and Goldt, arXiv:2505.24333.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +24,7 @@ from fathometer.measurement.batches import as_batch
 from fathometer.measurement.layout import Layout
 from fathometer.measurement.measure import Report, check_count, observe
 from fathometer.measurement.sounding import BlockCall, first_layout, record_calls
-from fathometer.measurement.untouched import untouched
+from fathometer.measurement.untouched import trainable, untouched
 from fathometer.models.finding import Stack
 from fathometer.models.reading import SublayerReading
 from fathometer.models.redraw import redrawn
@@ -143,7 +142,7 @@ def _norms(
         slices = [(role, part) for reading in readings[layer] for role, part in reading.roles.items()]
         weights = {part.parameter: parameters[part.parameter] for _, part in slices}
         leaf = calls[layer].stream.detach().requires_grad_()
-        with _trainable(weights.values()), torch.enable_grad():
+        with trainable(weights.values()), torch.enable_grad():
             out = calls[layer].run(stack.blocks[layer], leaf.clone())
             onward, *gradients = _pull_back(stack.names[layer], out, [leaf, *weights.values()], cotangent)
         by_name = dict(zip(weights, gradients, strict=True))
@@ -158,19 +157,6 @@ def _norms(
         log_scale += float(np.log(size / unit))
         cotangent = onward * (unit / size) ** 0.5
     return {role: (where[::-1], logs[::-1]) for role, (where, logs) in found.items()}
-
-
-@contextmanager
-def _trainable(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Let gradients reach parameters, also frozen ones; afterwards every one is as before."""
-    kept = [(parameter, parameter.requires_grad) for parameter in parameters]
-    try:
-        for parameter, _ in kept:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter, flag in kept:
-            parameter.requires_grad_(flag)
 
 
 def _pull_back(name: str, out: Tensor, leaves: list[Tensor], cotangent: Tensor) -> tuple[Tensor, ...]:

@@ -5,16 +5,22 @@ from fathometer.models.loading import HF_NAMES, LoadedModel, load_model
 from fathometer.models.reading import ModelReading, SublayerReading, check_weights, read_block
 from fathometer.models.redraw import redrawn
 from fathometer.models.reference import ReferenceBlock, ReferenceTransformer, draw_weights, reference_network
+from fathometer.models.reference_encoder_decoder import ReferenceEncoderDecoder, reference_encoder_decoder
+from fathometer.models.roles import PARAMETER_ROLES, ModelRoles, ParameterRole, parameter_roles, read_roles
 from fathometer.models.stacked import StackedTransformer, stacked_network
 from fathometer.models.synthetic import equiangular_tokens, tokens_with_gram
 from fathometer.models.weights import ROLES, WeightSlice
 
 __all__ = [
     "HF_NAMES",
+    "PARAMETER_ROLES",
     "ROLES",
     "LoadedModel",
     "ModelReading",
+    "ModelRoles",
+    "ParameterRole",
     "ReferenceBlock",
+    "ReferenceEncoderDecoder",
     "ReferenceTransformer",
     "Stack",
     "StackedTransformer",
@@ -26,8 +32,11 @@ __all__ = [
     "find_stacks",
     "load_model",
     "named_stack",
+    "parameter_roles",
     "read_block",
+    "read_roles",
     "redrawn",
+    "reference_encoder_decoder",
     "reference_network",
     "stacked_network",
     "tokens_with_gram",

@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fathometer.errors import NotCoveredError, SpecError
+from fathometer.models.reference_cross import ReferenceCrossAttention
 from fathometer.models.seeding import named_generator
 from fathometer.spec import (
     MLP,
     Activation,
     Block,
     Branch,
+    CrossAttention,
     Derf,
     DyT,
     GatedMLP,
@@ -151,7 +153,7 @@ class ReferenceGatedMLP(nn.Module):
         return out
 
 
-ReferenceBranch = ReferenceAttention | ReferenceMLP | ReferenceGatedMLP
+ReferenceBranch = ReferenceAttention | ReferenceCrossAttention | ReferenceMLP | ReferenceGatedMLP
 
 
 class ReferenceSublayer(nn.Module):
@@ -167,11 +169,13 @@ class ReferenceSublayer(nn.Module):
         self.dropout = nn.Dropout(float(sublayer.dropout)) if sublayer.dropout else nn.Identity()
         self.stream_norm = norm_module(sublayer.stream_norm, d_model)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map the stream, shape ``(batch, n_tokens, d_model)``, to the same shape."""
-        added = self.dropout(self.output_norm(self.branch(self.input_norm(x))))
-        out: Tensor = self.stream_norm(self.skip_scale * x + self.branch_scale * added)
-        return out
+    def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
+        """Map the stream, shape ``(batch, n_tokens, d_model)``, to the same shape; cross attention reads ``memory``."""
+        normed = self.input_norm(x)
+        out = self.branch(normed, memory) if isinstance(self.branch, ReferenceCrossAttention) else self.branch(normed)
+        added = self.dropout(self.output_norm(out))
+        stream: Tensor = self.stream_norm(self.skip_scale * x + self.branch_scale * added)
+        return stream
 
 
 class ReferenceBlock(nn.Module):
@@ -181,10 +185,10 @@ class ReferenceBlock(nn.Module):
         super().__init__()
         self.sublayers = nn.ModuleList(ReferenceSublayer(sublayer, d_model) for sublayer in block.sublayers)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
         """Map the stream, shape ``(batch, n_tokens, d_model)``, to the same shape."""
         for sublayer in self.sublayers:
-            x = sublayer(x)
+            x = sublayer(x) if memory is None else sublayer(x, memory)
         return x
 
 
@@ -201,10 +205,10 @@ class ReferenceTransformer(nn.Module):
         self.spec = spec
         self.blocks = nn.ModuleList(ReferenceBlock(block, spec.d_model) for block in spec.layers())
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map the stream, shape ``(batch, n_tokens, d_model)``, to the same shape."""
+    def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
+        """Map the stream, shape ``(batch, n_tokens, d_model)``, to the same shape; a decoder also takes its memory."""
         for block in self.blocks:
-            x = block(x)
+            x = block(x) if memory is None else block(x, memory)
         return x
 
 
@@ -224,13 +228,15 @@ def reference_network(
         device: Where the parameters live; the draw does not depend on it.
     Raises:
         SpecError: for fields that hold arrays, or heads that do not divide ``d_model``.
-        NotCoveredError: for a user's numpy function, which torch cannot differentiate.
+        NotCoveredError: for a user's numpy function, which torch cannot differentiate, or cross attention.
     """
-    _refuse_arrays(spec)
+    if spec.has_cross_attention:
+        raise needs_a_memory()
+    refuse_arrays(spec)
     with torch.device("meta"):  # no memory, no default initialisation, no random numbers
         model = ReferenceTransformer(spec)
     model = model.to(dtype).to_empty(device=device)
-    _set_norms(model)
+    set_norms(model)
     draw_weights(model, seed)
     return model
 
@@ -271,6 +277,8 @@ def branch_module(branch: Branch, d_model: int) -> ReferenceBranch:
     match branch:
         case SelfAttention():
             return ReferenceAttention(branch, d_model)
+        case CrossAttention():
+            return ReferenceCrossAttention(branch, d_model)
         case MLP():
             return ReferenceMLP(branch, d_model)
         case GatedMLP():
@@ -323,23 +331,36 @@ def norm_module(norm: Norm | None, d_model: int) -> nn.Module:
     return module
 
 
-def _set_norms(model: ReferenceTransformer) -> None:
+def set_norms(model: ReferenceTransformer) -> None:
     """Fill the parameters of every norm with the numbers of the spec."""
+    for block, module in zip(model.spec.layers(), model.blocks, strict=True):
+        for j, sublayer in enumerate(block.sublayers):
+            for slot in ("input_norm", "output_norm", "stream_norm"):
+                set_norm(getattr(sublayer, slot), module.get_submodule(f"sublayers.{j}.{slot}"))
+
+
+def set_norm(norm: Norm | None, module: nn.Module) -> None:
+    """Fill the parameters of one norm's module."""
     with torch.no_grad():
-        for block, module in zip(model.spec.layers(), model.blocks, strict=True):
-            for j, sublayer in enumerate(block.sublayers):
-                for slot in ("input_norm", "output_norm", "stream_norm"):
-                    norm = getattr(sublayer, slot)
-                    for name, parameter in module.get_submodule(f"sublayers.{j}.{slot}").named_parameters():
-                        parameter.fill_(getattr(norm, "gain" if name == "weight" else name))
+        for name, parameter in module.named_parameters():
+            parameter.fill_(getattr(norm, "gain" if name == "weight" else name))
 
 
-def _refuse_arrays(spec: Transformer) -> None:
+def refuse_arrays(spec: object) -> None:
+    """Refuse a spec that is a grid."""
     for where, array in array_fields(spec):
         raise SpecError(
             f"a network needs single numbers; {where} is an array of shape {array.shape}. "
             "Build a stack of networks, or one for each grid point."
         )
+
+
+def needs_a_memory() -> NotCoveredError:
+    """Return the error for a decoder built on its own."""
+    return NotCoveredError(
+        "cross attention reads a memory, which this network does not have: build an EncoderDecoder and use "
+        "reference_encoder_decoder; for the theory, propagate_encoder_decoder"
+    )
 
 
 def _not_differentiable(function: Pointwise) -> NotCoveredError:

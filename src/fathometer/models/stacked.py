@@ -28,6 +28,7 @@ from fathometer.models.reference import (
     EPSILON,
     ReferenceTransformer,
     activation_module,
+    needs_a_memory,
     reference_network,
 )
 from fathometer.models.seeding import named_generator
@@ -376,6 +377,8 @@ class StackedTransformer(nn.Module):
         for where, _ in array_fields(spec):
             if where.endswith(".ratio"):
                 raise SpecError(f"stacked networks need one width; {where} is an array")
+        if spec.has_cross_attention:
+            raise needs_a_memory()
         if spec.has_dropout:
             raise NotCoveredError("stacked networks have no dropout; spec.without_dropout() takes it out")
         self.spec = spec

@@ -176,6 +176,33 @@ def _attention_slices(
     raise NotCoveredError(f"attention with {len(entries)} input maps; accepted: three, or one fused")
 
 
+def check_order(branch: Branch, roles: dict[str, WeightSlice]) -> None:
+    """Refuse a fused map of attention whose outputs are not all queries, then all keys, then all values.
+
+    Reading takes their order for granted, which does no harm while all three have one scale. The kernel's queries and
+    keys may be scaled, rotated or normalised on the way; the lengths of the heads tell. A plain softmax shows none.
+
+    Raises:
+        NotCoveredError: for another order, such as query, key and value head by head.
+    """
+    call = branch.attention
+    if call is None or len(branch.entries) != 1 or isinstance(branch.exit.module, nn.MultiheadAttention):
+        return
+    for role, given in (("query", call.queries), ("key", call.keys)):
+        if given is None or _even(given.double().reshape(-1, given.shape[-1])):
+            continue
+        made = _projected(branch, roles[role])
+        if given.shape[1] * given.shape[-1] != made.shape[-1]:
+            continue
+        seen = given.double().norm(dim=-1).transpose(1, 2).flatten()
+        ratio = seen / made.reshape(-1, given.shape[-1]).norm(dim=-1).clamp_min(1e-300)
+        if float(ratio.std()) > 2e-2 * float(ratio.mean()):
+            raise NotCoveredError(
+                f"{branch.entries[0].name!r} does not put out all queries, then all keys, then all values: "
+                "what to write where is not known"
+            )
+
+
 def _by_name(entries: list[Call]) -> list[Call]:
     """Return query, key, value in that order: by their first letter when it tells, else in call order."""
     found = {}

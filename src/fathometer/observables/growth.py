@@ -31,7 +31,20 @@ from fathometer.attention import DEFAULT_CLOSURE, Closure, as_closure
 from fathometer.kernels import activation_kernel
 from fathometer.observables.jacobian import forward
 from fathometer.propagation import propagate
-from fathometer.spec import MLP, Block, Derf, DyT, GatedMLP, LayerNorm, RMSNorm, SelfAttention, Sublayer, Transformer
+from fathometer.propagation.exchangeable import without_memory
+from fathometer.spec import (
+    MLP,
+    Block,
+    CrossAttention,
+    Derf,
+    DyT,
+    GatedMLP,
+    LayerNorm,
+    RMSNorm,
+    SelfAttention,
+    Sublayer,
+    Transformer,
+)
 
 FloatArray = NDArray[np.float64]
 
@@ -248,6 +261,8 @@ def _added(block: Block, overlap: float, cosine: float) -> tuple[float, float]:
             out = (float(branch.value) * float(branch.output)) ** 2 * gain * overlap
             level, shared = level + weight * out, shared + weight * out
             continue
+        if isinstance(branch, CrossAttention):
+            raise without_memory()
         f = activation_kernel(branch.activation)
         scale = (float(branch.mlp_in if isinstance(branch, MLP) else branch.gate)) ** 2 * gain
         out_scale = float(branch.mlp_out) ** 2
@@ -277,6 +292,8 @@ def _sublayer_slopes(s: Sublayer, overlap: float) -> tuple[float, float]:
     gain = float(getattr(s.input_norm, "gain", 1.0)) ** 2
     if isinstance(branch, SelfAttention):
         return 0.0, weight * (float(branch.value) * float(branch.output)) ** 2
+    if isinstance(branch, CrossAttention):
+        raise without_memory()
     f = activation_kernel(branch.activation)
     if isinstance(branch, MLP):
         z = float(branch.mlp_in) ** 2 * gain

@@ -37,6 +37,7 @@ from fathometer.observables.exponents import READOUTS
 from fathometer.observables.jacobian import backward
 from fathometer.propagation import Attending, Moments, propagate
 from fathometer.propagation.branch_maps import AttentionMap, GatedMLPMap, MLPMap
+from fathometer.propagation.cross import CrossAttentionMap
 from fathometer.propagation.exchangeable import HalfLayer
 from fathometer.spec import Transformer
 
@@ -119,6 +120,7 @@ def weight_gradients(
         for offset, sublayer in enumerate(block.sublayers):
             before, after = slice(start + offset, stop, count), slice(start + offset + 1, stop + 1, count)
             step = HalfLayer(sublayer, n_tokens, chosen)
+            assert not isinstance(step.map, CrossAttentionMap)  # which is refused without a memory
             _, _, record = step.forward(Moments(trajectory.q[before], trajectory.p[before]))
             own, shared = step.at_branch(record, 1.0, gradients.alignment[after])
             norms = _branch_norms(step.map, record.normed, record.known, own, others * shared, spec.d_model)

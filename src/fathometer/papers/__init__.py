@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from fathometer.errors import SpecError, nearest
-from fathometer.papers import apjn, failure_modes, geometry
+from fathometer.papers import apjn, effective, failure_modes, geometry, moments
 from fathometer.papers.item import FULL, SIZES, SMALL, Item, Result, Size, Table
 
 #: Every item by name.
-ITEMS: dict[str, Item] = {item.name: item for item in (*apjn.ITEMS, *geometry.ITEMS, *failure_modes.ITEMS)}
+ITEMS: dict[str, Item] = {
+    item.name: item for item in (*apjn.ITEMS, *geometry.ITEMS, *failure_modes.ITEMS, *moments.ITEMS, *effective.ITEMS)
+}
 
 
 def find_item(name: str) -> Item:

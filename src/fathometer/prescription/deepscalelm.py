@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
-from fathometer.attention import DEFAULT_CLOSURE
 from fathometer.errors import DomainError, SpecError, nearest
-from fathometer.kernels import activation_kernel, norm_kernel
-from fathometer.prescription.plans import BIASES, Rule, SchemePlan, Setting, every_sublayer, fan_in, planned
-from fathometer.propagation import Moments, check_tokens
-from fathometer.propagation.branch_maps import AttentionMap
-from fathometer.propagation.exchangeable import HalfLayer
-from fathometer.spec import MLP, GatedMLP, SelfAttention, Sublayer, Transformer
+from fathometer.prescription.plans import (
+    EncoderDecoderPlan,
+    Rule,
+    SchemePlan,
+    Setting,
+    every_sublayer,
+    fan_in,
+    paired,
+    planned,
+)
+from fathometer.prescription.unit_branches import ReferenceRule, RefinedRule, residual_factors
+from fathometer.propagation import Memory
+from fathometer.propagation.encoder_decoder import normed_moments
+from fathometer.spec import MLP, EncoderDecoder, Sublayer, Transformer
 
 COUNTS = ("layers", "blocks")
-
-
-_HOMOGENEOUS = ("relu", "identity")  # f(a x) = a f(x), so both matrices of the MLP may share one deviation
 
 
 def deepscalelm(
@@ -31,7 +33,7 @@ def deepscalelm(
     k: float = 2.0,
     alpha: float = 1.0,
     count: str = "layers",
-    dropout: float = 0.0,
+    dropout: float | None = None,
     reference: bool = False,
 ) -> SchemePlan:
     r"""Let every branch add unit second moment to a stream of unit second moment.
@@ -59,40 +61,80 @@ def deepscalelm(
         n_tokens: Number of tokens; needed unless ``reference``.
         k, alpha: Of beta.
         count: Whether N is the number of ``"layers"`` or of ``"blocks"``, that is of sublayers.
-        dropout: Rate, on what each branch adds.
+        dropout: Rate on embeddings and on what each branch adds, which becomes that of the spec; by default the
+            spec's own. Dropout on attention weights is the spec's.
         reference: Whether to use the published recurrence.
     Raises:
         DomainError: for an option outside its range, or attention whose output vanishes.
         SpecError: for an unknown ``count``, a missing ``n_tokens``, or a gated MLP under ``reference``.
     """
-    beta_squared = _branch_share(spec, k, alpha, count)
-    _check_unit("dropout", dropout, open_end=True)
+    rate, beta_squared = common_rate(spec, dropout), _branch_share(spec, k, alpha, count)
     _check_unit("r0", r0)
+    rule: Rule
     if reference:
-        rule = _reference_rule(spec, r0, beta_squared, dropout)
-    elif n_tokens is None:
-        raise SpecError("the scheme 'deepscalelm' needs n_tokens, unless reference=True")
+        rule = ReferenceRule(spec, r0, beta_squared, rate)
     else:
-        rule = _refined_rule(spec, r0, n_tokens, beta_squared, dropout)
-    notes = [*_stability_notes(spec, beta_squared, k, count), *_stream_notes(spec, dropout)]
+        rule = RefinedRule(spec, r0, _given("n_tokens", n_tokens), beta_squared, rate)
+    return planned("deepscalelm", spec, rule, _notes(spec, beta_squared, k, count, rate, reference))
+
+
+def deepscalelm_encoder_decoder(
+    spec: EncoderDecoder,
+    *,
+    r0: float,
+    r0_memory: float | None = None,
+    n_tokens: int | None = None,
+    n_memory: int | None = None,
+    k: float = 2.0,
+    alpha: float = 1.0,
+    count: str = "layers",
+    dropout: float | None = None,
+    reference: bool = False,
+) -> EncoderDecoderPlan:
+    r"""Do to both stacks what :func:`deepscalelm` does, with cross attention scaled for the memory it reads.
+
+    Its values and outputs have ``var (1/d) sqrt((1-p)/a_v)`` with the a_v of averages over the memory's tokens, at
+    their cosine behind the encoder's last norm, the same in every decoder layer but for its queries; the published
+    leading order is that cosine itself. N counts the layers, or blocks, of each stack on its own: the encoder collects
+    N gradients of weight beta^2, which is of order k.
+
+    Source: A. Kedia et al., arXiv:2403.09635, has encoder-decoders; their constants there were not at hand and are
+    derived here from the paper's principle.
+
+    Args:
+        spec: Encoder and decoder.
+        r0, r0_memory: Cosine of two tokens' embeddings, of the decoder and of the encoder; the same by default.
+        n_tokens, n_memory: Number of tokens of each; needed unless ``reference``.
+        k, alpha, count, dropout, reference: As in :func:`deepscalelm`.
+    """
+    first = r0 if r0_memory is None else r0_memory
+    _check_unit("r0", r0)
+    _check_unit("r0_memory", first)
+    encoder, decoder = spec.encoder, spec.decoder
+    shares = [_branch_share(stack, k, alpha, count) for stack in (encoder, decoder)]
+    rates = [common_rate(stack, dropout) for stack in (encoder, decoder)]
+    below: RefinedRule | ReferenceRule
+    above: RefinedRule | ReferenceRule
     if reference:
-        notes.append(
-            "Published leading order: a_v = r. It loses what attention to single tokens adds, (1-r) E sum A^2."
-        )
-        if any(
-            isinstance(s.branch, MLP) and (s.branch.activation, s.branch.ratio) != ("relu", 4.0)
-            for s in every_sublayer(spec)
-        ):
-            notes.append("The published MLP variance is meant for ReLU and ratio 4; here the MLP is not of unit gain.")
-    elif spec.is_causal:
-        notes.append(
-            "Causal attention: second moments are averaged over positions, tokens taken as alike (derived here)."
-        )
-    return planned("deepscalelm", spec, rule, notes)
+        below = ReferenceRule(encoder, first, shares[0], rates[0])
+        lower = planned("deepscalelm", encoder, below, _notes(encoder, shares[0], k, count, rates[0], reference))
+        above = ReferenceRule(decoder, r0, shares[1], rates[1], r_memory=below.r)
+    else:
+        keys = _given("n_memory", n_memory)
+        below = RefinedRule(encoder, first, keys, shares[0], rates[0])
+        lower = planned("deepscalelm", encoder, below, _notes(encoder, shares[0], k, count, rates[0], reference))
+        memory = Memory(normed_moments(spec.memory_norm, below.stream), keys, decoder.d_model / encoder.d_model)
+        above = RefinedRule(decoder, r0, _given("n_tokens", n_tokens), shares[1], rates[1], memory)
+    upper = planned("deepscalelm", decoder, above, _notes(decoder, shares[1], k, count, rates[1], reference))
+    note = (
+        f"N counts the {count} of each stack on its own (a choice); the gradient at the encoder's output is the sum "
+        "over the decoder's layers."
+    )
+    return paired("deepscalelm", spec, lower, upper, note)
 
 
 def deepscalelm_simple(
-    spec: Transformer, *, k: float = 2.0, alpha: float = 1.0, count: str = "layers", dropout: float = 0.0
+    spec: Transformer, *, k: float = 2.0, alpha: float = 1.0, count: str = "layers", dropout: float | None = None
 ) -> SchemePlan:
     r"""Use one variance, ``(1/d) sqrt((1-p)/2)``, for values, outputs and the MLP, and DeepScaleLM's residual factors.
 
@@ -104,129 +146,18 @@ def deepscalelm_simple(
     Args:
         spec, k, alpha, count, dropout: As in :func:`deepscalelm`.
     """
-    beta_squared = _branch_share(spec, k, alpha, count)
-    _check_unit("dropout", dropout, open_end=True)
-    std = math.sqrt(math.sqrt((1 - dropout) / 2) / spec.d_model)
-    factors = _factors(beta_squared)
+    rate, beta_squared = common_rate(spec, dropout), _branch_share(spec, k, alpha, count)
+    std = math.sqrt(math.sqrt((1 - rate) / 2) / spec.d_model)
+    factors = (*residual_factors(beta_squared), rate)
 
     def rule(layer: int, sublayer: Sublayer) -> Setting:
         stds = dict.fromkeys(sublayer.branch.scale_names, std)
         if sublayer.is_attention:
-            stds |= dict.fromkeys(("query", "key"), spec.d_model**-0.5)
+            stds |= {role: fan_in(spec, sublayer, role) ** -0.5 for role in ("query", "key")}
         return Setting(stds, "var (1/d) sqrt((1-p)/2); queries and keys 1/d", *factors)
 
     notes = [*_stability_notes(spec, beta_squared, k, count), "Branches do not add unit second moments."]
     return planned("deepscalelm-simple", spec, rule, notes)
-
-
-def _refined_rule(spec: Transformer, r0: float, n_tokens: int, beta_squared: float, dropout: float) -> Rule:
-    """Return DeepScaleLM's rule with exact attention gains; it carries the tokens' moments from layer to layer."""
-    check_tokens(n_tokens)
-    keep, factors = 1 - dropout, _factors(beta_squared)
-    stream = Moments(1.0, float(r0) * keep)
-    unit_steps: dict[int, HalfLayer] = {}
-
-    def rule(layer: int, sublayer: Sublayer) -> Setting:
-        nonlocal stream
-        if id(sublayer) not in unit_steps:
-            unit_steps[id(sublayer)] = HalfLayer(_unit_branch(sublayer), n_tokens, DEFAULT_CLOSURE)
-        step = unit_steps[id(sublayer)]
-        _, added, record = step.forward(stream)
-        branch, known = record.branch, record.known
-        if isinstance(sublayer.branch, SelfAttention) and sublayer.branch.causal:
-            branch = _causal_average(step, record.normed, known.variance, known.statistics.y12)
-        gain = float(branch.q)
-        if not gain > 1e-12:
-            raise DomainError(
-                f"the branch of layer {layer} puts out nothing to scale up: its second moment is {gain:g}", value=gain
-            )
-        if sublayer.output_norm is None:
-            added = Moments(keep, keep * branch.p / gain)
-        share = beta_squared
-        residual = Moments((1 - share) * stream.q + share * added.q / keep, (1 - share) * stream.p + share * added.p)
-        stream = _after(sublayer, residual)
-        return Setting(_unit_stds(spec, sublayer, keep / gain), _unit_reason(sublayer), *factors)
-
-    return rule
-
-
-def _after(sublayer: Sublayer, residual: Moments) -> Moments:
-    if sublayer.stream_norm is None:
-        return residual
-    kernel, (q, p) = norm_kernel(sublayer.stream_norm), residual
-    return Moments(float(kernel.overlap(q, q, q)), float(kernel.overlap(q, q, p)))
-
-
-def _unit_branch(sublayer: Sublayer) -> Sublayer:
-    """Return the sublayer with every weight scale at one and no bias, adding its branch unscaled."""
-    changes: dict[str, Any] = dict.fromkeys(sublayer.branch.scale_names, 1.0)
-    changes |= {bias: 0.0 for bias in BIASES if hasattr(sublayer.branch, bias)}
-    return replace(sublayer, branch=replace(sublayer.branch, **changes), skip_scale=1.0, branch_scale=1.0)
-
-
-def _causal_average(step: HalfLayer, x: Moments, variance: Any, y12: Any) -> Moments:
-    r"""Return the moments of causal attention averaged over positions, for tokens that are alike.
-
-    .. math:: \overline{Y_2} = \frac1n \sum_{i \le n} Y_2(v, i), \qquad
-              \overline{Y_{12}} = Y_{12}\, \frac{2 (n - H_n)}{n - 1}, \quad H_n = \sum_{i \le n} 1/i
-
-    The second is leading order: two rows share the keys of the earlier one, and overlap as ``1/max(i, i')``.
-    """
-    assert isinstance(step.map, AttentionMap)
-    n = step.map.n_tokens
-    if n == 1:
-        return Moments(x.q, x.p)
-    y2 = DEFAULT_CLOSURE.statistics(np.arange(1, n + 1), float(variance), 0.0, entropy=False).y2
-    harmonic = float(np.sum(1 / np.arange(1, n + 1)))
-    spread = x.q - x.p
-    own = float(np.mean(y2))
-    return Moments(x.p + spread * own, x.p + spread * min(float(y12) * 2 * (n - harmonic) / (n - 1), own))
-
-
-def _unit_stds(spec: Transformer, sublayer: Sublayer, wanted: float) -> dict[str, float]:
-    """Return the deviations under which a branch, of unit gain at unit scales, multiplies that by ``wanted``."""
-    branch, d = sublayer.branch, spec.d_model
-    if isinstance(branch, SelfAttention):
-        even = wanted**0.25 / math.sqrt(d)
-        return {"query": d**-0.5, "key": d**-0.5, "value": even, "output": even}
-    d_mlp = fan_in(spec, sublayer, "mlp_out")
-    if isinstance(branch, MLP) and branch.activation in _HOMOGENEOUS:
-        even = (wanted / (d * d_mlp)) ** 0.25
-        return {"mlp_in": even, "mlp_out": even}
-    return dict.fromkeys(branch.scale_names, d**-0.5) | {"mlp_out": math.sqrt(wanted / d_mlp)}
-
-
-def _unit_reason(sublayer: Sublayer) -> str:
-    branch = sublayer.branch
-    if isinstance(branch, SelfAttention):
-        return "queries and keys var 1/d; values and outputs var (1/d) sqrt((1-p)/a_v)"
-    if isinstance(branch, MLP) and branch.activation in _HOMOGENEOUS:
-        return "both matrices var sqrt((1-p) / (M d d_mlp)), M = E f^2 at unit input"
-    return "first matrices var 1/d; the last brings the output to 1 - p"
-
-
-def _reference_rule(spec: Transformer, r0: float, beta_squared: float, dropout: float) -> Rule:
-    """Return DeepScaleLM's published rule; it carries the published correlation from layer to layer."""
-    if r0 == 0:
-        raise DomainError("the published value variance diverges at r0 = 0; use the refined scheme", value=r0)
-    if any(isinstance(sublayer.branch, GatedMLP) for sublayer in every_sublayer(spec)):
-        raise SpecError("the published formulas of 'deepscalelm' have no gated MLP; use the refined scheme")
-    keep, d, factors = 1 - dropout, spec.d_model, _factors(beta_squared)
-    relu = activation_kernel("relu")
-    mlp = math.sqrt(math.sqrt(keep / 2) / d)
-    r = r0 * keep
-
-    def rule(layer: int, sublayer: Sublayer) -> Setting:
-        nonlocal r
-        if sublayer.is_attention:
-            even = math.sqrt(math.sqrt(keep / r) / d)
-            r = (1 - beta_squared) * r + beta_squared * keep
-            stds = {"query": d**-0.5, "key": d**-0.5, "value": even, "output": even}
-            return Setting(stds, "queries and keys var 1/d; values and outputs var (1/d) sqrt((1-p)/r)", *factors)
-        r = (1 - beta_squared) * r + beta_squared * keep * 2 * float(relu.overlap(1.0, 1.0, min(r, 1.0)))
-        return Setting({"mlp_in": mlp, "mlp_out": mlp}, "var (1/d) sqrt((1-p)/2)", *factors)
-
-    return rule
 
 
 def _branch_share(spec: Transformer, k: float, alpha: float, count: str) -> float:
@@ -249,8 +180,24 @@ def _branch_share(spec: Transformer, k: float, alpha: float, count: str) -> floa
     return share
 
 
-def _factors(beta_squared: float) -> tuple[float, float]:
-    return math.sqrt(1 - beta_squared), math.sqrt(beta_squared)
+def common_rate(spec: Transformer, dropout: float | None) -> float:
+    """Return the rate of the dropout on branches: the one asked for, or the one all sublayers of the spec have."""
+    if dropout is None:
+        rates = {float(sublayer.dropout) for sublayer in every_sublayer(spec)}
+        if len(rates) > 1:
+            raise SpecError(
+                "the sublayers of the spec have different dropout rates, "
+                f"{', '.join(f'{r:g}' for r in sorted(rates))}; give one: dropout=..."
+            )
+        return rates.pop()
+    _check_unit("dropout", dropout, open_end=True)
+    return float(dropout)
+
+
+def _given(name: str, value: int | None) -> int:
+    if value is None:
+        raise SpecError(f"the scheme 'deepscalelm' needs {name}, unless reference=True")
+    return value
 
 
 def _check_unit(name: str, value: float, *, open_end: bool = False) -> None:
@@ -258,14 +205,34 @@ def _check_unit(name: str, value: float, *, open_end: bool = False) -> None:
         raise DomainError(f"{name} must lie in [0, 1{')' if open_end else ']'}; got {value!r}", value=value)
 
 
+def _notes(spec: Transformer, beta_squared: float, k: float, count: str, dropout: float, reference: bool) -> list[str]:
+    notes = [*_stability_notes(spec, beta_squared, k, count), *_stream_notes(spec, dropout)]
+    if reference:
+        notes.append(
+            "Published leading order: a_v = r. It loses what attention to single tokens adds, (1-r) E sum A^2."
+        )
+        if any(
+            isinstance(s.branch, MLP) and (s.branch.activation, s.branch.ratio) != ("relu", 4.0)
+            for s in every_sublayer(spec)
+        ):
+            notes.append("The published MLP variance is meant for ReLU and ratio 4; here the MLP is not of unit gain.")
+    elif spec.is_causal:
+        notes.append(
+            "Causal attention: second moments are averaged over positions, tokens taken as alike (derived here)."
+        )
+    return notes
+
+
 def _stability_notes(spec: Transformer, beta_squared: float, k: float, count: str) -> list[str]:
     attentions = sum(b.repeat * sum(s.is_attention for s in b.sublayers) for b in spec.blocks)
     lowest = attentions * math.log1p(-beta_squared)
+    limit = k * attentions / spec.n_layers
+    power = "e^-k" if attentions == spec.n_layers else f"e^-{limit / k:g}k"
     return [
         f"lambda^2 = {1 - beta_squared:.6g}, beta^2 = {beta_squared:.6g}, N counts {count} (a choice).",
         "Where MLPs pass gradients with a gain of at least one, the mean square of gradients falls by no more than "
         f"(1 - beta^2)^{attentions} = e^{lowest:.4g} from output to input; with N layers and alpha = 1 that tends to "
-        f"e^-k = {math.exp(-k):.4g}.",
+        f"{power} = {math.exp(-limit):.4g}.",
     ]
 
 

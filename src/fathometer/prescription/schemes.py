@@ -1,30 +1,65 @@
 r"""Initialisation schemes as tables: what each sets, layer by layer, and what the theory says of the result.
 
 A scheme maps a :class:`~fathometer.spec.Transformer` to the same architecture with the scheme's weight scales and
-residual factors. Norms keep their place and gains, scores their multiplier; biases become zero. Embeddings and heads
-are no part of a spec; where a scheme sets them its notes say so.
+residual factors. Norms keep their place and gains, scores their multiplier; biases become zero. Given a
+:class:`~fathometer.spec.Network`, DeepScaleLM scales stem and head as well; the other schemes leave them, and where
+they say something about embeddings it is in their notes. An :class:`~fathometer.spec.EncoderDecoder` gets one plan for
+each stack.
 """
 
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, overload
 
-from fathometer.errors import DomainError, SpecError, nearest
-from fathometer.prescription.deepscalelm import deepscalelm, deepscalelm_simple
-from fathometer.prescription.plans import SchemePlan, Setting, every_sublayer, fan_in, fan_out, planned
-from fathometer.spec import Sublayer, Transformer, array_fields
+from fathometer.errors import SpecError, nearest
+from fathometer.prescription.deepscalelm import (
+    common_rate,
+    deepscalelm,
+    deepscalelm_encoder_decoder,
+    deepscalelm_simple,
+)
+from fathometer.prescription.plans import EncoderDecoderPlan, SchemePlan, paired
+from fathometer.prescription.published_schemes import (
+    deepnorm,
+    deepnorm_encoder_decoder,
+    ds_init,
+    fixup,
+    gpt2,
+    megatron,
+    rezero,
+    skipinit,
+    t_fixup,
+    xavier,
+)
+from fathometer.prescription.unit_ends import unit_head, unit_stem
+from fathometer.spec import EncoderDecoder, Network, Transformer, array_fields
+
+_END_OPTIONS = ("input_second_moment", "input_fan_in")
 
 
-def apply_scheme(spec: Transformer, name: str, **options: Any) -> SchemePlan:
+@overload
+def apply_scheme(spec: Transformer | Network, name: str, **options: Any) -> SchemePlan: ...
+
+
+@overload
+def apply_scheme(spec: EncoderDecoder, name: str, **options: Any) -> EncoderDecoderPlan: ...
+
+
+def apply_scheme(
+    spec: Transformer | Network | EncoderDecoder, name: str, **options: Any
+) -> SchemePlan | EncoderDecoderPlan:
     """Return what the scheme ``name`` sets in the architecture of ``spec``.
 
     Args:
         spec: The architecture, with single numbers in every field. Its own weight scales are ignored.
         name: One of :data:`SCHEMES`.
-        options: Those of the scheme, see its function and :func:`scheme_options`.
+        options: Those of the scheme, see its function and :func:`scheme_options`. DeepScaleLM on a network with patches
+            also takes ``input_second_moment`` and ``input_fan_in``, see
+            :func:`~fathometer.prescription.unit_ends.unit_stem`; on an encoder-decoder ``r0_memory`` and ``n_memory``,
+            see :func:`~fathometer.prescription.deepscalelm.deepscalelm_encoder_decoder`.
     Raises:
         SpecError: for an unknown scheme or option (the nearest one is suggested), a missing option, arrays in the
             spec, or an architecture the scheme is not defined on.
@@ -35,7 +70,8 @@ def apply_scheme(spec: Transformer, name: str, **options: Any) -> SchemePlan:
     >>> [(row.role, round(row.scale, 3)) for row in plan.rows[:3]]
     [('query', 1.0), ('key', 1.0), ('value', 1.343)]
     """
-    known = scheme_options(name)
+    kind = type(spec)
+    known = scheme_options(name, kind)
     for option in options:
         if option not in known:
             raise SpecError(
@@ -46,166 +82,21 @@ def apply_scheme(spec: Transformer, name: str, **options: Any) -> SchemePlan:
         raise SpecError(f"the scheme {name!r} needs {' and '.join(missing)}")
     for where, array in array_fields(spec):
         raise SpecError(f"a scheme needs single numbers; {where} is an array of shape {array.shape}")
+    if isinstance(spec, EncoderDecoder):
+        return PAIRED[name](spec, **options) if name in PAIRED else _each_stack(spec, name, options)
+    if isinstance(spec, Network):
+        return _with_ends(spec, name, options)
     return SCHEMES[name](spec, **options)
 
 
-def scheme_options(name: str) -> dict[str, bool]:
-    """Return the options of a scheme, and whether each must be given."""
+def scheme_options(name: str, kind: type = Transformer) -> dict[str, bool]:
+    """Return the options of a scheme on one kind of architecture, and whether each must be given."""
     if name not in SCHEMES:
         raise SpecError(f"there is no scheme {name!r}{nearest(name, SCHEMES)}")
-    parameters = list(inspect.signature(SCHEMES[name]).parameters.values())[1:]
-    return {parameter.name: parameter.default is parameter.empty for parameter in parameters}
-
-
-def xavier(spec: Transformer) -> SchemePlan:
-    """Give every matrix ``std = sqrt(2 / (fan_in + fan_out))``, with plain residual connections.
-
-    Source: X. Glorot and Y. Bengio, 2010. Fans are those of whole matrices; some codes count one head, a choice.
-    """
-    return planned("xavier", spec, lambda layer, s: Setting(_glorot(spec, s), "sqrt(2 / (fan_in + fan_out))"), [])
-
-
-def gpt2(spec: Transformer, *, std: float = 0.02) -> SchemePlan:
-    """Give every matrix the same ``std`` and divide those that write to the stream by ``sqrt(2 n_layers)``.
-
-    Source: A. Radford et al., Language Models are Unsupervised Multitask Learners, 2019; Megatron-LM (M. Shoeybi et
-    al., arXiv:1909.08053) does the same. Where a layer has other than two sublayers their number replaces
-    ``2 n_layers``, a choice.
-
-    Args:
-        spec: The architecture.
-        std: Of all matrices that do not write to the stream.
-    """
-    return _fixed_std("gpt2", spec, std)
-
-
-def megatron(spec: Transformer, *, std: float = 0.02) -> SchemePlan:
-    """Do what :func:`gpt2` does; Megatron-LM (M. Shoeybi et al., arXiv:1909.08053) leaves ``std`` to the user."""
-    return _fixed_std("megatron", spec, std)
-
-
-def ds_init(spec: Transformer, *, alpha: float = 1.0) -> SchemePlan:
-    """Scale Xavier weights of layer l (from one) by ``alpha / sqrt(l)``, with plain residual connections.
-
-    Source: B. Zhang, I. Titov and R. Sennrich, arXiv:1908.11365, written from memory. The paper draws from a uniform
-    distribution of this variance; it scales all matrices of a layer, queries and keys included.
-
-    Args:
-        spec: The architecture; meant for post-norm.
-        alpha: In ``(0, 1]``.
-    """
-    if not 0 < alpha <= 1:
-        raise DomainError(f"alpha must lie in (0, 1]; got {alpha!r}", value=alpha)
-
-    def rule(layer: int, sublayer: Sublayer) -> Setting:
-        factor = alpha / math.sqrt(layer + 1)
-        stds = {role: factor * std for role, std in _glorot(spec, sublayer).items()}
-        return Setting(stds, "Xavier times alpha / sqrt(layer + 1)")
-
-    return planned("ds-init", spec, rule, ["Written for post-norm; a uniform distribution of this variance."])
-
-
-def deepnorm(spec: Transformer) -> SchemePlan:
-    r"""Strengthen the skip and weaken the branch of post-norm stacks by powers of the number of layers N.
-
-    .. math:: x \leftarrow \mathrm{LN}(\alpha x + B(x)), \qquad \alpha = (2N)^{1/4}, \quad \beta = (8N)^{-1/4}
-
-    Xavier weights; those of values, outputs and the MLP are multiplied by beta. Encoder-only and decoder-only models
-    have the same constants.
-
-    Source: H. Wang et al., DeepNet, arXiv:2203.00555. That a gate is multiplied too is a choice.
-
-    Raises:
-        SpecError: unless a norm follows every residual sum.
-    """
-    if any(sublayer.stream_norm is None for sublayer in every_sublayer(spec)):
-        raise SpecError("the scheme 'deepnorm' is defined on post-norm stacks: a norm after every residual sum")
-    skip, gain = (2 * spec.n_layers) ** 0.25, (8 * spec.n_layers) ** -0.25
-
-    def rule(layer: int, sublayer: Sublayer) -> Setting:
-        stds = {role: std if role in ("query", "key") else gain * std for role, std in _glorot(spec, sublayer).items()}
-        return Setting(stds, "Xavier; values, outputs and MLP times (8 N)^(-1/4)", skip)
-
-    return planned("deepnorm", spec, rule, [f"alpha = {skip:.5g}, beta = {gain:.5g}."])
-
-
-def skipinit(spec: Transformer) -> SchemePlan:
-    """Multiply each branch by a trained scalar that starts at zero.
-
-    Source: S. De and S. L. Smith, arXiv:2002.10444, for networks without normalisation. Norms of the spec are kept,
-    and weights are Xavier; both are choices.
-    """
-    return _silent_branches("skipinit", spec)
-
-
-def rezero(spec: Transformer) -> SchemePlan:
-    """Multiply each branch by a trained scalar that starts at zero, in place of a norm.
-
-    Source: T. Bachlechner et al., arXiv:2003.04887. Norms of the spec are kept, and weights are Xavier; both are
-    choices.
-    """
-    return _silent_branches("rezero", spec)
-
-
-def fixup(spec: Transformer) -> SchemePlan:
-    """Start the last matrix of each branch at zero and scale the others by ``M^(-1/(2m-2))``.
-
-    M is the number of branches and m the number of matrices multiplied along a branch: two, or three of a gated MLP.
-
-    Source: H. Zhang, Y. N. Dauphin and T. Ma, arXiv:1901.09321, for residual networks without normalisation. Choices:
-    base weights He for the MLP and Xavier for attention, queries and keys unscaled, m = 3 for a gated MLP. The paper's
-    scalar biases and multipliers start at zero and one.
-
-    Raises:
-        SpecError: if the spec has norms.
-    """
-    _refuse_norms("fixup", spec)
-    branches = sum(len(block.sublayers) * block.repeat for block in spec.blocks)
-
-    def rule(layer: int, sublayer: Sublayer) -> Setting:
-        if sublayer.is_attention:
-            stds = _glorot(spec, sublayer)
-            return Setting(
-                stds | {"value": stds["value"] * branches**-0.5, "output": 0.0}, "Xavier; value M^(-1/2), output 0"
-            )
-        m = len(sublayer.branch.scale_names)
-        std = math.sqrt(2 / spec.d_model) * branches ** (-1 / (2 * m - 2))
-        return Setting(
-            dict.fromkeys(sublayer.branch.scale_names, std) | {"mlp_out": 0.0}, "He times M^(-1/(2m-2)); last matrix 0"
-        )
-
-    notes = [
-        "Branches are zero at initialisation: at the first step only their last matrices receive gradients.",
-        "Choices: He and Xavier bases, queries and keys unscaled, m = 3 for a gated MLP.",
-    ]
-    return planned("fixup", spec, rule, notes)
-
-
-def t_fixup(spec: Transformer) -> SchemePlan:
-    """Scale Xavier weights of values, outputs and the MLP: ``0.67 N^(-1/4)`` in encoders, ``(9N)^(-1/4)`` in decoders.
-
-    Source: X. S. Huang et al., Improving Transformer Optimization Through Better Initialization, ICML 2020. The paper
-    has encoder-decoder models; here a causal spec counts as a decoder and any other as an encoder, and a gate is
-    scaled too. These are choices.
-
-    Raises:
-        SpecError: if the spec has norms.
-    """
-    _refuse_norms("t-fixup", spec)
-    layers = spec.n_layers
-    factor, formula = (
-        ((9 * layers) ** -0.25, "(9 N)^(-1/4)") if spec.is_causal else (0.67 * layers**-0.25, "0.67 N^(-1/4)")
-    )
-
-    def rule(layer: int, sublayer: Sublayer) -> Setting:
-        stds = {
-            role: std if role in ("query", "key") else factor * std for role, std in _glorot(spec, sublayer).items()
-        }
-        return Setting(stds, f"Xavier; values, outputs and MLP times {formula}")
-
-    return planned(
-        "t-fixup", spec, rule, [f"Embeddings: std d_model^(-1/2) times (9 N)^(-1/4) = {(9 * layers) ** -0.25:.5g}."]
-    )
+    scheme = PAIRED.get(name, SCHEMES[name]) if kind is EncoderDecoder else SCHEMES[name]
+    parameters = list(inspect.signature(scheme).parameters.values())[1:]
+    options = {parameter.name: parameter.default is parameter.empty for parameter in parameters}
+    return options | (dict.fromkeys(_END_OPTIONS, False) if kind is Network and name in _UNIT else {})
 
 
 #: Every scheme by name.
@@ -224,38 +115,30 @@ SCHEMES: dict[str, Callable[..., SchemePlan]] = {
 }
 
 
-def _fixed_std(name: str, spec: Transformer, std: float) -> SchemePlan:
-    if not (math.isfinite(std) and std > 0):
-        raise DomainError(f"std must be positive and finite; got {std!r}", value=std)
-    writers = sum(len(block.sublayers) * block.repeat for block in spec.blocks)
+#: Schemes that tie the two stacks of an encoder-decoder together; the others treat each on its own.
+PAIRED: dict[str, Callable[..., EncoderDecoderPlan]] = {
+    "deepscalelm": deepscalelm_encoder_decoder,
+    "deepnorm": deepnorm_encoder_decoder,
+}
 
-    def rule(layer: int, sublayer: Sublayer) -> Setting:
-        last = sublayer.branch.scale_names[-1]
-        stds = dict.fromkeys(sublayer.branch.scale_names, std) | {last: std / math.sqrt(writers)}
-        return Setting(stds, "one std; matrices that write to the stream over sqrt(2 n_layers)")
-
-    return planned(name, spec, rule, [])
+_UNIT = ("deepscalelm", "deepscalelm-simple")  # schemes that set stem and head
 
 
-def _silent_branches(name: str, spec: Transformer) -> SchemePlan:
-    def rule(layer: int, sublayer: Sublayer) -> Setting:
-        return Setting(_glorot(spec, sublayer), "Xavier; the branch multiplier starts at zero", 1.0, 0.0)
-
-    notes = [
-        "Branches add nothing at initialisation: gradients to their weights vanish until the multipliers, which are "
-        "trained, have left zero.",
-        "Norms of the spec are kept and weights are Xavier; both are choices.",
-    ]
-    return planned(name, spec, rule, notes)
-
-
-def _refuse_norms(name: str, spec: Transformer) -> None:
-    if any(norm is not None for s in every_sublayer(spec) for norm in (s.input_norm, s.output_norm, s.stream_norm)):
-        raise SpecError(f"the scheme {name!r} is defined on stacks without norms")
+def _with_ends(network: Network, name: str, options: dict[str, Any]) -> SchemePlan:
+    inside = {key: value for key, value in options.items() if key not in _END_OPTIONS}
+    plan = SCHEMES[name](network.trunk, **inside)
+    if name not in _UNIT:
+        kept = "The stem and the head keep their scales: this scheme is stated for the blocks."
+        return replace(plan, network=replace(network, trunk=plan.spec), notes=(*plan.notes, kept))
+    rate = common_rate(plan.spec, None)
+    ends = {key: value for key, value in options.items() if key in _END_OPTIONS}
+    stem, stem_rows = unit_stem(network.stem, dropout=rate, **ends)
+    head, head_rows = unit_head(network.head, stem, d_model=network.trunk.d_model)
+    return replace(
+        plan, stem=stem_rows, head=head_rows, network=replace(network, stem=stem, trunk=plan.spec, head=head)
+    )
 
 
-def _glorot(spec: Transformer, sublayer: Sublayer) -> dict[str, float]:
-    return {
-        role: math.sqrt(2 / (fan_in(spec, sublayer, role) + fan_out(spec, sublayer, role)))
-        for role in sublayer.branch.scale_names
-    }
+def _each_stack(spec: EncoderDecoder, name: str, options: dict[str, Any]) -> EncoderDecoderPlan:
+    encoder, decoder = (SCHEMES[name](stack, **options) for stack in (spec.encoder, spec.decoder))
+    return paired(name, spec, encoder, decoder, "Depths are counted in each stack on its own, a choice.")

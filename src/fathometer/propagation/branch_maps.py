@@ -19,9 +19,10 @@ from fathometer.attention import (
     Closure,
 )
 from fathometer.kernels import PairKernel
-from fathometer.spec import MLP, GatedMLP, SelfAttention
+from fathometer.spec import MLP, CrossAttention, GatedMLP, SelfAttention
 
-_LARGEST_VARIANCE = 1e300
+#: Beyond this a score variance is taken as overflow.
+LARGEST_VARIANCE = 1e300
 
 
 class Moments(NamedTuple):
@@ -57,9 +58,9 @@ class AttentionMap:
         coupling = effective_coupling(self.branch, x.q)
         variance = coupling * x.q * np.maximum(x.q - x.p, 0.0)
         correlation = x.p / x.q
-        if not (np.max(variance, initial=0.0) <= _LARGEST_VARIANCE and np.min(x.q, initial=np.inf) > 0):
+        if not (np.max(variance, initial=0.0) <= LARGEST_VARIANCE and np.min(x.q, initial=np.inf) > 0):
             # The stream overflows or has vanished, which is reported by whoever carries it.
-            known = (variance <= _LARGEST_VARIANCE) & np.isfinite(correlation)
+            known = (variance <= LARGEST_VARIANCE) & np.isfinite(correlation)
             variance, correlation = np.where(known, variance, 0.0), np.where(known, correlation, 0.0)
         statistics = self.closure.statistics(self.n_tokens, variance, correlation, entropy=entropy)
         return Attending(statistics, variance, coupling)
@@ -171,17 +172,17 @@ class GatedMLPMap:
         ]
 
 
-def effective_coupling(branch: SelfAttention, q: Any) -> Any:
+def effective_coupling(branch: SelfAttention | CrossAttention, q: Any) -> Any:
     """Return ``sigma_QK^2``, the score variance per unit of token overlaps.
 
     With normalised queries and keys the weight scales drop out: the score covariance is that of unit tokens, so the
     coupling is the squared score multiplier over the squared second moment of a token.
     """
-    if branch.qk_norm:
+    if isinstance(branch, SelfAttention) and branch.qk_norm:
         return branch.score_multiplier**2 / q**2
     return (branch.query * branch.key * branch.score_multiplier) ** 2
 
 
-def attention_bias(branch: SelfAttention) -> Any:
+def attention_bias(branch: SelfAttention | CrossAttention) -> Any:
     """Return what value and output biases add to every overlap; rows of attention sum to one."""
     return (branch.value_bias * branch.output) ** 2 + branch.output_bias**2

@@ -14,8 +14,8 @@ with hats for the slope averages of each norm and ``T_B`` the transfer matrix of
 divides mean squares by ``1 - delta`` and leaves what two tokens share.
 
 Sources: forward maps and the MLP transfer, Alekseev, arXiv:2604.11890v3; centred attention, Giorlandino and Goldt,
-arXiv:2505.24333, at finite n; dropout, Kedia et al., arXiv:2403.09635; exact finite-n attention transfer, the score path
-and dropout on attention weights, derived in the documentation.
+arXiv:2505.24333, at finite n; dropout, Kedia et al., arXiv:2403.09635; exact finite-n attention transfer, the score
+path and dropout on attention weights, derived in the documentation.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from fathometer.attention import (
     UniformLargeN,
     along_cosine,
 )
-from fathometer.errors import DomainError
+from fathometer.errors import DomainError, NotCoveredError
 from fathometer.kernels import FixedMomentKernel, PairKernel, ProjectionKernel, activation_kernel, norm_kernel
 from fathometer.propagation.branch_maps import (
     AttentionMap,
@@ -41,8 +41,19 @@ from fathometer.propagation.branch_maps import (
     Moments,
     effective_coupling,
 )
+from fathometer.propagation.cross import CrossAttentionMap, Memory
 from fathometer.propagation.trajectory import Trajectory
-from fathometer.spec import MLP, Block, GatedMLP, LayerNorm, RMSNorm, SelfAttention, Sublayer, Transformer
+from fathometer.spec import (
+    MLP,
+    Block,
+    CrossAttention,
+    GatedMLP,
+    LayerNorm,
+    RMSNorm,
+    SelfAttention,
+    Sublayer,
+    Transformer,
+)
 
 
 class Record(NamedTuple):
@@ -65,16 +76,29 @@ class HalfLayer:
         sublayer: What it describes.
         n_tokens, closure: Number of tokens, and how the softmax is averaged.
         activation: The kernel of an MLP's activation, by default that of its name.
+        memory: What cross attention reads.
+    Raises:
+        NotCoveredError: for cross attention without a memory.
     """
 
     def __init__(
-        self, sublayer: Sublayer, n_tokens: int, closure: Closure, *, activation: PairKernel | None = None
+        self,
+        sublayer: Sublayer,
+        n_tokens: int,
+        closure: Closure,
+        *,
+        activation: PairKernel | None = None,
+        memory: Memory | None = None,
     ) -> None:
         self.sublayer = sublayer
         branch = sublayer.branch
-        self.map: AttentionMap | MLPMap | GatedMLPMap
+        self.map: AttentionMap | CrossAttentionMap | MLPMap | GatedMLPMap
         if isinstance(branch, SelfAttention):
             self.map = AttentionMap(branch, n_tokens, closure)
+        elif isinstance(branch, CrossAttention):
+            if memory is None:
+                raise without_memory()
+            self.map = CrossAttentionMap(branch, n_tokens, closure, memory)
         else:
             kernel = activation_kernel(branch.activation) if activation is None else activation
             self.map = MLPMap(branch, kernel) if isinstance(branch, MLP) else GatedMLPMap(branch, kernel)
@@ -116,6 +140,16 @@ class HalfLayer:
             out.append([_times(through[j], after[j]) for j in range(2)])
         return out
 
+    def to_memory(self, record: Record) -> Any:
+        """Return the matrices that carry (J, K) from the output of cross attention to its memory."""
+        assert isinstance(self.map, CrossAttentionMap)
+        weight = self.sublayer.branch_scale**2
+        columns, after = self._columns(record), self._slopes(2, record.residual)
+        rows = self.map.to_memory(record.normed, self.map.inspect(record.normed))
+        entries = [weight * row[j] * columns[j] * after[j] for row in rows for j in range(2)]
+        stacked = np.stack(np.broadcast_arrays(*entries))
+        return stacked.reshape((2, 2, *stacked.shape[1:]))
+
     def at_branch(self, record: Record, own: Any, shared: Any) -> tuple[Any, Any]:
         """Return (J, K) of gradients at the branch output; of centred attention, before the mean is subtracted.
 
@@ -152,6 +186,14 @@ class HalfLayer:
             return 1.0, 1.0
         own = kernel.slope_overlap(x.q, x.q, x.q)
         return own, own if isinstance(kernel, ProjectionKernel) else kernel.slope_overlap(x.q, x.q, x.p)
+
+
+def without_memory() -> NotCoveredError:
+    """Return the error for a decoder met where nothing tells what its cross attention reads."""
+    return NotCoveredError(
+        "cross attention reads a memory, which this function does not have: build an EncoderDecoder and use "
+        "propagate_encoder_decoder"
+    )
 
 
 def _times(value: Any, factor: Any) -> Any:
@@ -253,7 +295,9 @@ def check_moments(n_tokens: int, q: Any, p: Any) -> Moments:
     return Moments(q_array[()], p_array[()])
 
 
-def propagate(spec: Transformer, *, n_tokens: int, q: Any, p: Any, closure: Closure) -> Trajectory:
+def propagate(
+    spec: Transformer, *, n_tokens: int, q: Any, p: Any, closure: Closure, memory: Memory | None = None
+) -> Trajectory:
     """Carry (q, p) through every sublayer and build the transfer matrices of (J, K).
 
     Args:
@@ -262,12 +306,15 @@ def propagate(spec: Transformer, *, n_tokens: int, q: Any, p: Any, closure: Clos
         q: Mean square per coordinate at the input of the first block.
         p: Mean overlap of two different tokens there.
         closure: How the softmax is averaged.
+        memory: What the cross attention of a decoder reads, see
+            :func:`~fathometer.propagation.propagate_encoder_decoder`.
     Returns:
         The trajectory. Cost: one pass over the depth, O(batch) work and memory a sublayer; only the forward pass is
         sequential, the transfer matrices of a run of equal blocks are built in one vectorised call.
     Raises:
         DomainError: for moments no set of tokens can have, or a single stack whose stream overflows, naming the
             sublayer. On a grid overflowing points hold infinities; :attr:`Trajectory.status` marks them.
+        NotCoveredError: for cross attention without a memory.
     """
     stream = check_moments(n_tokens, q, p)
     streams: list[Moments] = [stream]
@@ -275,7 +322,7 @@ def propagate(spec: Transformer, *, n_tokens: int, q: Any, p: Any, closure: Clos
     records: list[Record] = []
     runs: list[tuple[list[HalfLayer], int, int]] = []
     for block in spec.blocks:
-        steps = [HalfLayer(sublayer, n_tokens, closure) for sublayer in block.sublayers]
+        steps = [HalfLayer(sublayer, n_tokens, closure, memory=memory) for sublayer in block.sublayers]
         runs.append((steps, len(records), block.repeat))
         with np.errstate(over="ignore", invalid="ignore"):  # a stream that overflows is reported below
             for step in steps * block.repeat:
@@ -287,13 +334,16 @@ def propagate(spec: Transformer, *, n_tokens: int, q: Any, p: Any, closure: Clos
     if shape == () and not np.isfinite(stream.q):
         _refuse_overflow(streams)
     transfer = np.empty((len(records), 2, 2, *shape))
+    to_memory = None if memory is None else np.zeros_like(transfer)
     attention: dict[str, Any] = {}
     for steps, start, repeat in runs:
         for offset, step in enumerate(steps):
             where = slice(start + offset, start + offset + repeat * len(steps), len(steps))
             stack = _stack_records(records[where], shape)
             transfer[where] = np.moveaxis(step.transfer(stack), 2, 0)
-            if isinstance(step.map, AttentionMap):
+            if to_memory is not None and isinstance(step.map, CrossAttentionMap):
+                to_memory[where] = np.moveaxis(step.to_memory(stack), 2, 0)
+            if isinstance(step.map, (AttentionMap, CrossAttentionMap)):
                 _collect(attention, step.map, stack, np.arange(len(records))[where], shape)
     return Trajectory(
         spec=spec,
@@ -312,6 +362,7 @@ def propagate(spec: Transformer, *, n_tokens: int, q: Any, p: Any, closure: Clos
             for key, value in attention.items()
             if key != "index"
         },
+        to_memory=to_memory,
     )
 
 
@@ -332,7 +383,13 @@ def block_borders(spec: Transformer) -> Any:
     return np.concatenate([[0], np.cumsum(counts)])
 
 
-def _collect(attention: dict[str, Any], step: AttentionMap, stack: Record, index: Any, shape: tuple[int, ...]) -> None:
+def _collect(
+    attention: dict[str, Any],
+    step: AttentionMap | CrossAttentionMap,
+    stack: Record,
+    index: Any,
+    shape: tuple[int, ...],
+) -> None:
     statistics, variance, _ = step.inspect(stack.normed, entropy=True)
     full = (len(index), *shape)
     attention.setdefault("index", []).append(index)

@@ -29,6 +29,8 @@ class Trajectory:
         transfer: Backward transfer matrices on (J, K); shape ``(n_half, 2, 2, *batch)``.
         attention: ``attention_entropy`` (nats), ``inverse_participation``, ``row_overlap`` and ``logit_variance`` of
             the attention sublayers, in order; each of shape ``(n_attention, *batch)``.
+        to_memory: Matrices from (J, K) behind each sublayer to what its cross attention adds to the gradients of the
+            memory, zero for other sublayers; shape as ``transfer``, ``None`` where there is no memory.
     """
 
     spec: Transformer
@@ -43,6 +45,7 @@ class Trajectory:
     is_attention: NDArray[np.bool_]
     transfer: FloatArray
     attention: Mapping[str, FloatArray]
+    to_memory: FloatArray | None = None
 
     @property
     def n_layers(self) -> int:

@@ -43,6 +43,8 @@ def _render(report: Report, console: Console, layers: int, remedies: int, sign: 
         console.print(_folds(report))
         for reason in report.comparison.reasons:
             console.print(f"  {printable(reason)}", style="dim", markup=False, highlight=False)
+    for note in report.about.get("notes", ()):
+        console.print(f"Note: {printable(str(note))}", markup=False, highlight=False)
     for position, remedy in enumerate(report.remedies[:remedies], start=1):
         _remedy(console, remedy, position)
     left = len(report.remedies) - remedies

@@ -1,9 +1,27 @@
 """Transformers as data."""
 
 from fathometer.spec.batch import array_fields, at_point, batch_shape, cut_aligned, sliced
-from fathometer.spec.branches import ACTIVATIONS, MLP, Activation, Branch, GatedMLP, SelfAttention, hidden_width
+from fathometer.spec.branches import (
+    ACTIVATIONS,
+    MLP,
+    Activation,
+    Branch,
+    CrossAttention,
+    GatedMLP,
+    SelfAttention,
+    hidden_width,
+)
+from fathometer.spec.encoder_decoder import EncoderDecoder, memory_width
 from fathometer.spec.fields import FIELDS, scaled_field, with_field
-from fathometer.spec.files import dumps_json, dumps_toml, from_dict, load, to_dict
+from fathometer.spec.files import (
+    dumps_json,
+    dumps_toml,
+    encoder_decoder_from_dict,
+    from_dict,
+    load,
+    load_encoder_decoder,
+    to_dict,
+)
 from fathometer.spec.network import Head, Network, PatchStem, Stem, TokenStem
 from fathometer.spec.norms import Derf, DyT, LayerNorm, Norm, PointwiseNorm, RMSNorm
 from fathometer.spec.pointwise import Pointwise
@@ -18,8 +36,10 @@ __all__ = [
     "Activation",
     "Block",
     "Branch",
+    "CrossAttention",
     "Derf",
     "DyT",
+    "EncoderDecoder",
     "GatedMLP",
     "Head",
     "LayerNorm",
@@ -42,9 +62,12 @@ __all__ = [
     "cut_aligned",
     "dumps_json",
     "dumps_toml",
+    "encoder_decoder_from_dict",
     "from_dict",
     "hidden_width",
     "load",
+    "load_encoder_decoder",
+    "memory_width",
     "preset",
     "scaled_field",
     "sliced",

@@ -1,4 +1,4 @@
-"""Branches as data: self-attention, MLP and gated MLP with their weight scales.
+"""Branches as data: self-attention, cross attention, MLP and gated MLP with their weight scales.
 
 Every scale is ``std * sqrt(fan_in)`` of a weight matrix, dimensionless; a bias scale is the plain standard deviation
 of its entries (zero-mean over features and shared by all tokens).
@@ -75,13 +75,60 @@ class SelfAttention:
         checked_rate(self, "attention_dropout")
         if self.centred and np.any(np.asarray(self.attention_dropout) > 0):
             raise SpecError("SelfAttention.attention_dropout is not covered with centred attention")
-        checked_count(self, "n_heads")
-        if self.n_kv_heads is not None:
-            checked_count(self, "n_kv_heads")
-            if self.n_heads % self.n_kv_heads:
-                raise SpecError(
-                    f"SelfAttention.n_heads must be a multiple of n_kv_heads; got {self.n_heads} and {self.n_kv_heads}"
-                )
+        check_heads(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossAttention:
+    """Softmax attention to a memory m, ``W_O sum_b softmax_b(s q_a.k_b / sqrt(d_head)) W_V m_b``.
+
+    Queries are read from the decoder's tokens, keys and values from the encoder's output, which every decoder layer
+    sees alike; there is no mask.
+
+    Args:
+        query, key, value, output: Weight scales; the fan-in of keys and values is the width of the memory.
+        value_bias, output_bias: Bias standard deviations.
+        n_heads: Query heads.
+        n_kv_heads: Key and value heads (grouped-query attention); ``None`` means ``n_heads``.
+        score_multiplier: Extra factor s on the scores beyond ``1/sqrt(d_head)``.
+        attention_dropout: Rate of the dropout on attention weights, after the softmax.
+        d_memory: Width of the memory; ``None`` means that of the decoder.
+    """
+
+    query: Scale
+    key: Scale
+    value: Scale
+    output: Scale
+    value_bias: Scale = 0.0
+    output_bias: Scale = 0.0
+    n_heads: int = 1
+    n_kv_heads: int | None = None
+    score_multiplier: Scale = 1.0
+    attention_dropout: Scale = 0.0
+    d_memory: int | None = None
+    kind: Literal["cross_attention"] = "cross_attention"
+    scale_names: ClassVar[tuple[str, ...]] = ("query", "key", "value", "output")
+
+    def __post_init__(self) -> None:
+        for name in (*self.scale_names, "value_bias", "output_bias", "score_multiplier"):
+            checked(self, name)
+        checked_rate(self, "attention_dropout")
+        check_heads(self)
+        if self.d_memory is not None:
+            checked_count(self, "d_memory")
+
+
+def check_heads(attention: SelfAttention | CrossAttention) -> None:
+    """Refuse numbers of heads that are no counts, or query heads that key and value heads do not divide."""
+    checked_count(attention, "n_heads")
+    if attention.n_kv_heads is None:
+        return
+    checked_count(attention, "n_kv_heads")
+    if attention.n_heads % attention.n_kv_heads:
+        raise SpecError(
+            f"{type(attention).__name__}.n_heads must be a multiple of n_kv_heads; got {attention.n_heads} and "
+            f"{attention.n_kv_heads}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +170,7 @@ class GatedMLP:
         check_activation(self, self.activation)
 
 
-Branch: TypeAlias = SelfAttention | MLP | GatedMLP
+Branch: TypeAlias = SelfAttention | CrossAttention | MLP | GatedMLP
 
 
 def hidden_width(branch: MLP | GatedMLP, d_model: int) -> int:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from fathometer.errors import SpecError, nearest
-from fathometer.spec.branches import MLP, GatedMLP, SelfAttention
+from fathometer.spec.branches import MLP, CrossAttention, GatedMLP, SelfAttention
+from fathometer.spec.encoder_decoder import EncoderDecoder
 from fathometer.spec.norms import Derf, DyT, LayerNorm, PointwiseNorm, RMSNorm
 from fathometer.spec.pointwise import Pointwise
 from fathometer.spec.transformer import Block, Sublayer, Transformer
@@ -22,7 +23,7 @@ else:  # pragma: no cover
     import tomli as tomllib
 
 _NORMS = {"layer_norm": LayerNorm, "rms_norm": RMSNorm, "dyt": DyT, "derf": Derf}
-_BRANCHES = {"self_attention": SelfAttention, "mlp": MLP, "gated_mlp": GatedMLP}
+_BRANCHES = {"self_attention": SelfAttention, "cross_attention": CrossAttention, "mlp": MLP, "gated_mlp": GatedMLP}
 _MAX_BYTES = 50_000_000
 
 
@@ -50,20 +51,64 @@ def from_dict(data: Any) -> Transformer:
     Raises:
         SpecError: naming the place (``blocks[0].sublayers[1].branch``), the value and what would be accepted.
     """
-    table = _table(data, "spec", Transformer)
-    blocks = []
-    for i, raw_block in enumerate(_items(table, "blocks", "spec")):
-        where = f"blocks[{i}]"
-        block = _table(raw_block, where, Block)
-        sublayers = tuple(
-            _sublayer(raw, f"{where}.sublayers[{j}]") for j, raw in enumerate(_items(block, "sublayers", where))
-        )
-        blocks.append(_build(Block, {**block, "sublayers": sublayers}, where))
-    return _build(Transformer, {**table, "blocks": tuple(blocks)}, "spec")  # type: ignore[no-any-return]
+    if isinstance(data, dict) and {"encoder", "decoder"} & set(data):
+        raise SpecError("this is an encoder-decoder; read it with load_encoder_decoder or encoder_decoder_from_dict")
+    return _transformer(data, "spec")
+
+
+def encoder_decoder_from_dict(data: Any) -> EncoderDecoder:
+    """Build an encoder-decoder from plain data as written by :func:`to_dict`.
+
+    Without an entry ``memory_norm`` there is no norm behind the encoder.
+
+    Raises:
+        SpecError: naming the place (``decoder.blocks[0].sublayers[1].branch``), the value and what would be accepted.
+    """
+    table = dict(_table(data, "spec", EncoderDecoder))
+    for name in ("encoder", "decoder"):
+        if name in table:
+            table[name] = _transformer(table[name], name)
+    table["memory_norm"] = _variant(table["memory_norm"], "memory_norm", _NORMS) if "memory_norm" in table else None
+    return _build(EncoderDecoder, table, "spec")  # type: ignore[no-any-return]
 
 
 def load(path: str | Path) -> Transformer:
     """Read a transformer from a ``.toml`` or ``.json`` file."""
+    return from_dict(_read(path))
+
+
+def load_encoder_decoder(path: str | Path) -> EncoderDecoder:
+    """Read an encoder-decoder from a ``.toml`` or ``.json`` file."""
+    return encoder_decoder_from_dict(_read(path))
+
+
+def dumps_json(spec: Transformer | EncoderDecoder) -> str:
+    """Return the spec as JSON text."""
+    return json.dumps(to_dict(spec), indent=2, allow_nan=False)
+
+
+def dumps_toml(spec: Transformer | EncoderDecoder) -> str:
+    """Return the spec as TOML text."""
+    data = to_dict(spec)
+    if isinstance(spec, Transformer):
+        return "\n".join(_toml_stack(data, "")) + "\n"
+    lines = [f"{key} = {_toml_value(item)}" for key, item in data.items() if key not in ("encoder", "decoder")]
+    for name in ("encoder", "decoder"):
+        lines += ["", f"[{name}]", *_toml_stack(data[name], f"{name}.")]
+    return "\n".join(lines) + "\n"
+
+
+def _toml_stack(data: dict[str, Any], prefix: str) -> list[str]:
+    lines = [f"schema = {data['schema']}", f"d_model = {data['d_model']}"]
+    for block in data["blocks"]:
+        lines += ["", f"[[{prefix}blocks]]", f"repeat = {block['repeat']}"]
+        for sublayer in block["sublayers"]:
+            lines += ["", f"  [[{prefix}blocks.sublayers]]"]
+            lines += [f"  {key} = {_toml_value(item)}" for key, item in sublayer.items()]
+    return lines
+
+
+def _read(path: str | Path) -> Any:
     path = Path(path)
     if path.suffix not in (".toml", ".json"):
         raise SpecError(f"a spec file must end in .toml or .json; got {str(path)!r}")
@@ -73,27 +118,24 @@ def load(path: str | Path) -> Transformer:
         raise SpecError(f"spec file {str(path)!r} is larger than {_MAX_BYTES} bytes")
     try:
         text = path.read_text(encoding="utf-8")
-        data = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+        return tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
     except (ValueError, RecursionError) as error:
         raise SpecError(f"{str(path)!r} is not valid {path.suffix[1:].upper()}: {error}") from None
-    return from_dict(data)
 
 
-def dumps_json(spec: Transformer) -> str:
-    """Return the spec as JSON text."""
-    return json.dumps(to_dict(spec), indent=2, allow_nan=False)
-
-
-def dumps_toml(spec: Transformer) -> str:
-    """Return the spec as TOML text."""
-    data = to_dict(spec)
-    lines = [f"schema = {data['schema']}", f"d_model = {data['d_model']}"]
-    for block in data["blocks"]:
-        lines += ["", "[[blocks]]", f"repeat = {block['repeat']}"]
-        for sublayer in block["sublayers"]:
-            lines += ["", "  [[blocks.sublayers]]"]
-            lines += [f"  {key} = {_toml_value(item)}" for key, item in sublayer.items()]
-    return "\n".join(lines) + "\n"
+def _transformer(data: Any, where: str) -> Transformer:
+    """Build a stack; places inside it are named without ``where`` if that is the whole file."""
+    table = _table(data, where, Transformer)
+    prefix = "" if where == "spec" else f"{where}."
+    blocks = []
+    for i, raw_block in enumerate(_items(table, "blocks", where)):
+        place = f"{prefix}blocks[{i}]"
+        block = _table(raw_block, place, Block)
+        sublayers = tuple(
+            _sublayer(raw, f"{place}.sublayers[{j}]") for j, raw in enumerate(_items(block, "sublayers", place))
+        )
+        blocks.append(_build(Block, {**block, "sublayers": sublayers}, place))
+    return _build(Transformer, {**table, "blocks": tuple(blocks)}, where)  # type: ignore[no-any-return]
 
 
 def _toml_value(value: Any) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 
 from fathometer.errors import SpecError
 from fathometer.spec.arrays import Scale, checked, checked_count, checked_rate, first_bad
-from fathometer.spec.branches import MLP, Activation, Branch, GatedMLP, SelfAttention
+from fathometer.spec.branches import MLP, Activation, Branch, CrossAttention, GatedMLP, SelfAttention
 from fathometer.spec.norms import Norm
 
 
@@ -93,8 +93,8 @@ class Sublayer:
 
     @property
     def is_attention(self) -> bool:
-        """Whether the branch mixes tokens."""
-        return isinstance(self.branch, SelfAttention)
+        """Whether the branch mixes tokens, those of the stream or of a memory."""
+        return isinstance(self.branch, (SelfAttention, CrossAttention))
 
 
 Placement = Callable[[Branch, Norm | None], Sublayer]
@@ -230,6 +230,11 @@ class Transformer:
         return any(isinstance(s.branch, SelfAttention) and s.branch.causal for b in self.blocks for s in b.sublayers)
 
     @property
+    def has_cross_attention(self) -> bool:
+        """Whether any sublayer attends to a memory, which makes this the decoder of an encoder-decoder."""
+        return any(isinstance(s.branch, CrossAttention) for b in self.blocks for s in b.sublayers)
+
+    @property
     def has_dropout(self) -> bool:
         """Whether any dropout rate is positive."""
         rates = (
@@ -269,7 +274,7 @@ class Transformer:
 
         def keep_all(sublayer: Sublayer) -> Sublayer:
             branch = sublayer.branch
-            if isinstance(branch, SelfAttention):
+            if isinstance(branch, (SelfAttention, CrossAttention)):
                 branch = replace(branch, attention_dropout=0.0)
             return replace(sublayer, branch=branch, dropout=0.0)
 

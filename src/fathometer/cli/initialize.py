@@ -1,0 +1,91 @@
+"""A scheme on a real model, from the command line: a table, code, or a file of weights."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def initialize_model(
+    name: str,
+    scheme: str,
+    *,
+    layers: int | None,
+    batch: str | None,
+    tokens: int,
+    seed: int,
+    options: dict[str, Any],
+    emit: str | None,
+    apply: Path | None,
+    as_json: bool,
+) -> None:
+    """Build a model, initialise it, and print or save what was done.
+
+    Args:
+        name: As for ``fathometer diagnose``.
+        scheme: Name of the scheme.
+        layers: Number of blocks, ``None`` for the architecture's own.
+        batch: Source of the batch, ``None`` for the default of the architecture.
+        tokens: Tokens of a text sample, at most the model's positions.
+        seed: Which draw.
+        options: Of the scheme.
+        emit: Style of code to print in place of the table.
+        apply: File for the ``state_dict``, the multipliers and the plan.
+        as_json: Whether to print JSON in place of the table.
+    """
+    from fathometer import application, measurement, models
+    from fathometer.errors import SpecError
+
+    if emit is not None and emit not in application.STYLES:
+        raise SpecError(f"--emit {emit!r} is unknown; accepted: {', '.join(application.STYLES)}")
+    loaded = models.load_model(name, layers=layers, seed=seed)
+    inputs = measurement.load_batch(batch, loaded, n_tokens=min(tokens, loaded.max_tokens))
+    done = application.initialize(loaded.model, scheme, inputs, seed=seed, **options)
+    if apply is not None:
+        _save(apply, loaded.model, scheme, seed)
+    if emit is not None:
+        print(application.emit(done, emit), end="")  # type: ignore[arg-type]
+    elif as_json:
+        print(json.dumps(_plain(done), indent=1, allow_nan=False))
+    else:
+        print(done.table())
+    if apply is not None and emit is None and not as_json:
+        print(f"Weights and multipliers: {apply}")
+
+
+def _save(path: Path, model: Any, scheme: str, seed: int) -> None:
+    import torch
+
+    from fathometer.application import multiplier_table
+
+    content = {
+        "state_dict": model.state_dict(),
+        "multipliers": multiplier_table(model),
+        "scheme": scheme,
+        "seed": seed,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.part")
+    torch.save(content, partial)
+    os.replace(partial, path)
+
+
+def _plain(done: Any) -> dict[str, Any]:
+    if not hasattr(done, "plan"):
+        return done.scaling.to_dict()  # type: ignore[no-any-return]
+    ends = [{"parameter": r.parameter.key, "role": r.parameter.role, "std": r.std} for r in done.ends]
+    rows = [{"layer": r.layer, "parameter": r.key, "role": r.role, "std": r.std} for r in done.blocks.rows]
+    residual = [{"layer": r.layer, "module": r.module, "factor": r.factor} for r in done.blocks.residual]
+    head = None if done.head_multiplier is None else dict(zip(("module", "factor"), done.head_multiplier, strict=True))
+    notes = [*done.plan.notes, *done.notes, *done.blocks.notes]
+    return {
+        "schema": 1,
+        "scheme": done.plan.name,
+        "ends": ends,
+        "weights": rows,
+        "residual": residual,
+        "head": head,
+        "notes": notes,
+    }

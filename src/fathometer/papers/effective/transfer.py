@@ -1,0 +1,111 @@
+r"""Does a learning rate tuned on a narrow model serve wider ones? One rate for all against three scaling schemes.
+
+The paper trains vision and language models of ImageNet and book size; here are a byte-level language model on prose
+that ships with Python, and a vision transformer on 8 x 8 digits, both of two blocks. Every run has the same steps, the
+loss is that of training, and rates are those of the narrowest model, at which all recipes are alike.
+
+Source: E. Dinan, S. Yaida, S. Zhang, arXiv:2304.02034v1, Sec. 2.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from fathometer._version import __version__
+from fathometer.papers.effective.models import language_model, vision_model
+from fathometer.papers.item import SMALL, Cell, Progress, Size, Table, plain
+
+if TYPE_CHECKING:
+    from fathometer.training.transfer import TransferCheck
+
+N_TOKENS, WINDOWS = 16, 8
+DIGITS = 8
+LOG2_RATES = range(-11, -3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfer:
+    """A transfer check and what it was made of.
+
+    Attributes:
+        check: Losses, optima and shifts.
+        about: Protocol and versions.
+    """
+
+    check: TransferCheck
+    about: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        return {"schema": 1, "check": self.check.to_dict(), "about": plain(self.about)}
+
+    def table(self) -> Table:
+        """Return the optimum of every recipe and width, and how far it moves."""
+        check = self.check
+        rows: list[tuple[Cell, ...]] = []
+        for name in check.schemes:
+            shift = check.shift(name)
+            optima = check.optima(name)
+            cells = [f"{_log2(one.rate)} +- {one.error:.1g}{_mark(one.status)}" for one in optima]
+            moved = f"{shift.grid:+.0f} ({shift.fitted:+.2f} +- {shift.error:.2f})"
+            rows.append((name, *cells, moved, f"{optima[-1].loss:.3f}"))
+        return Table(
+            title=f"log2 of the best learning rate, by width; {self.about['task']}, {check.protocol['steps']} steps",
+            headings=("recipe", *(f"width {w}" for w in check.widths), "shift, grid (fit)", "best loss, widest"),
+            rows=tuple(rows),
+        )
+
+
+def transfer_language(size: Size, progress: Progress) -> Transfer:
+    """Train language models of four or five widths.
+
+    Args:
+        size: At the small size widths 16 to 128, else 32 to 512; half its ``seeds``, at least three.
+        progress: Told after every run.
+    """
+    from fathometer.training.families import language_task
+    from fathometer.training.text import byte_text
+
+    text = byte_text()
+    build = partial(language_model, log_frequencies=text.log_frequencies, n_tokens=N_TOKENS)
+    task = language_task(text, n_tokens=N_TOKENS, batch_size=WINDOWS)
+    return _transfer(build, task, "next byte of English prose", size, progress)
+
+
+def transfer_vision(size: Size, progress: Progress) -> Transfer:
+    """Train classifiers of digits of four or five widths; sizes as in :func:`transfer_language`."""
+    from fathometer.training import load_digits
+    from fathometer.training.families import digits_task
+
+    task = digits_task(load_digits(), batch_size=DIGITS)
+    return _transfer(vision_model, task, "handwritten digits", size, progress)
+
+
+def _transfer(build: Any, task: Any, name: str, size: Size, progress: Progress) -> Transfer:
+    from fathometer.training.transfer import transfer_check
+
+    small = size.d_model <= SMALL.d_model
+    widths = [16, 32, 64, 128] if small else [32, 64, 128, 256, 512]
+    check = transfer_check(
+        build,
+        widths,
+        task=task,
+        rates=[2.0**power for power in LOG2_RATES],
+        base_width=widths[0],
+        steps=min(max(5, 5 * size.grid // 8), 400),
+        seeds=max(3, size.seeds // 2) if small else 5,
+        progress=progress,
+    )
+    about = {"paper": "arXiv:2304.02034", "task": name, "batches": task.name, "version": __version__}
+    return Transfer(check=check, about=about)
+
+
+def _log2(rate: float) -> str:
+    return f"{math.log2(rate):.2f}" if rate > 0 else "-"
+
+
+def _mark(status: str) -> str:
+    return "" if status == "ok" else f" ({status})"

@@ -1,0 +1,89 @@
+"""``fathometer predict``: curves and moments in a terminal or as JSON, without torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from fathometer.cli.predict import predict
+from fathometer.errors import DomainError, SpecError
+from fathometer.observables.model_moments import moments
+from fathometer.spec import dumps_toml, preset
+
+runner = CliRunner(env={"COLUMNS": "160", "NO_COLOR": "1"})
+
+
+def run(*arguments: str) -> str:
+    app = typer.Typer()
+    app.command()(predict)
+    done = runner.invoke(app, list(arguments), catch_exceptions=False)
+    assert done.exit_code == 0
+    return done.stdout
+
+
+def test_moments_of_chosen_layers_in_a_table(tmp_path: Path) -> None:
+    (tmp_path / "spec.toml").write_text(dumps_toml(preset("vit", n_layers=6)))
+    text = run(str(tmp_path / "spec.toml"), "--view", "moments", "--tokens", "16", "--layer", "1,4")
+    rows = [line.split("│") for line in text.splitlines() if "mlp.activation" in line]
+    wanted = moments(preset("vit", n_layers=6), n_tokens=16, q=1.0, p=0.4)["mlp.activation"]
+    assert [(row[1].strip(), row[3].strip(), row[4].strip()) for row in rows] == [
+        (str(layer), f"{wanted.mean[layer]:.4g}", f"{wanted.q[layer]:.4g}") for layer in (1, 4)
+    ]
+    assert "attention.scores" in text and "correlation" in text
+    assert run("preset:vit", "--view", "moments", "--tokens", "16").count("mlp.activation") == 3
+
+
+def test_moments_as_json_are_those_of_the_function() -> None:
+    given = ("--tokens", "16", "--q", "0.9", "--p", "0.2", "--top-alignment", "0.5", "--closure", "annealed")
+    found = json.loads(run("preset:bert", "--layers", "3", "--view", "moments", "--json", *given))
+    wanted = moments(preset("bert", n_layers=3), n_tokens=16, q=0.9, p=0.2, top_alignment=0.5, closure="annealed")
+    assert found == json.loads(wanted.to_json())
+    assert found["about"]["closure"] == "annealed" and found["components"]["stream"]["gradient_alignment"][-1] == 0.5
+
+
+def test_what_a_causal_mask_leaves_open_is_null() -> None:
+    found = json.loads(run("preset:gpt2", "--layers", "2", "--view", "moments", "--tokens", "8", "--json"))
+    query = found["components"]["attention.query"]
+    assert query["gradient_log"] == [None, None] and query["q"][0] > 0
+
+
+def test_curves_are_the_default() -> None:
+    text = run("preset:vit", "--layers", "4", "--tokens", "16")
+    assert "ln pooled gradient" in text and "Repeating the last block" in text
+    assert len(json.loads(run("preset:vit", "--layers", "4", "--tokens", "16", "--json"))["curves"]["q"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        (["--view", "moment"], SpecError, "there is no view 'moment'; did you mean 'moments'"),
+        (["--layer", "2"], SpecError, "--layer belongs to --view moments"),
+        (["--top-alignment", "0.3"], SpecError, "--top-alignment belongs to --view moments"),
+        (["--view", "moments", "--layer", "a"], SpecError, "--layer must be integers separated by commas; got 'a'"),
+        (["--view", "moments", "--layer", "12"], SpecError, r"layer must lie in \[0, 11\]; got 12"),
+        (["--view", "moments", "--p", "3"], DomainError, "Did you pass a cosine"),
+        (["--layers", "0"], SpecError, "must lie in"),
+    ],
+)
+def test_mistakes_are_named(arguments: list[str], error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        run("preset:vit", "--tokens", "16", *arguments)
+
+
+@pytest.mark.parametrize("view", ["curves", "moments"])
+def test_no_torch_is_imported(view: str) -> None:
+    code = (
+        "import sys; from fathometer.cli.app import app\n"
+        f"try: app(['predict', 'preset:vit', '--layers', '3', '--tokens', '8', '--view', '{view}'])\n"
+        "except SystemExit as end: assert not end.code\n"
+        "assert not {'torch', 'matplotlib', 'xarray'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ}, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,100 @@
+"""How far features move in the first steps, against width."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fathometer.errors import DomainError, SpecError
+from fathometer.papers.effective.models import vision_model
+from fathometer.plotting.canvas import to_png
+from fathometer.plotting.effective import draw_coordinates
+from fathometer.training import load_digits
+from fathometer.training.coordinates import CoordinateCheck, coordinate_check
+from fathometer.training.families import digits_task
+
+PLACES = ["stem", "block 1", "block 2", "attention logits", "output"]
+
+
+def check(scheme: Any, **more: Any) -> CoordinateCheck:
+    options = {"lr": 1e-4, "base_width": 32, "steps": (1, 2), "seeds": 3, "optimizer": "adamw"} | more
+    widths = options.pop("widths", [32, 64, 128, 256])
+    task = digits_task(load_digits(), batch_size=4)
+    return coordinate_check(vision_model, widths, task=task, scheme=scheme, **options)
+
+
+@pytest.mark.parametrize("scheme", ["neural-tangent", "hybrid", "maximal-update"])
+def test_one_step_moves_features_as_theory_says(scheme: str) -> None:
+    """Within 4.5 standard errors and 0.08, the drift of a slope whose values have corrections of some units of 1/n."""
+    found = check(scheme)
+    assert set(found.changes) == set(PLACES)
+    for place, (slope, error) in found.slopes(1).items():
+        assert abs(slope - found.expected[place]) <= 4.5 * error + 0.08, (place, slope, error)
+    hidden = {"neural-tangent": -0.5, "hybrid": -0.25, "maximal-update": 0.0}[scheme]
+    assert found.expected["block 1"] == hidden and found.expected["output"] == 0.0
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_one_rate_for_all_blows_features_and_output_up(optimizer: str) -> None:
+    """Within 4.5 standard errors and 0.12: the narrowest models count half of their corrections of order n^(-1/2)."""
+    found = check("uniform", lr=1e-6, steps=(1,), optimizer=optimizer)
+    for place, (slope, error) in found.slopes(1).items():
+        assert abs(slope - found.expected[place]) <= 4.5 * error + 0.12, (place, slope, error)
+    assert found.expected["output"] == (1.5 if optimizer == "adamw" else 1.0)
+
+
+def test_one_step_of_adam_moves_every_entry_of_the_stem_by_a_known_amount() -> None:
+    """The sum of a map of four pixels and a position, each entry moved by the rate: exact up to signs."""
+    found = check("maximal-update", widths=[32, 64], steps=(1,), lr=1e-5)
+    changes = found.changes["stem"][:, 0]
+    data = load_digits().train
+    largest = 1e-5 * (1 + float(data.abs().sum(dim=-1).max()))
+    assert (changes > 0.3e-5).all() and (changes < largest).all()
+
+
+def test_result_and_figure() -> None:
+    before = torch.get_rng_state()
+    told: list[tuple[int, int]] = []
+    found = check(
+        0.5, widths=[64, 32], seeds=2, steps=(2, 1, 2), progress=lambda _, done, all_: told.append((done, all_))
+    )
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)] and torch.equal(before, torch.get_rng_state())
+    assert found.widths.tolist() == [32, 64] and found.steps == (1, 2)
+    assert found.changes["output"].shape == (2, 2, 2) and (found.changes["output"] > 0).all()
+    data = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert data["slopes"]["1"]["stem"] == list(found.slopes(1)["stem"])
+    assert to_png(draw_coordinates([found, found]))[:4] == b"\x89PNG"
+    again = check(0.5, widths=[32, 64], seeds=2, steps=(1, 2))
+    np.testing.assert_array_equal(found.changes["stem"], again.changes["stem"])
+
+
+def test_bad_input() -> None:
+    for change, message in (
+        ({"steps": ()}, "steps must be positive whole numbers; got 0"),
+        ({"steps": (0, 1)}, "steps must be positive whole numbers; got 0"),
+        ({"seeds": 1}, "at least 2 seeds"),
+        ({"widths": [32]}, "at least two different widths"),
+        ({"lr": -1.0}, "learning rates must be positive and finite"),
+        ({"base_width": 12}, None),
+    ):
+        if message is None:
+            with pytest.raises(SpecError):
+                check("hybrid", **change)
+        else:
+            with pytest.raises(DomainError, match=message):
+                check("hybrid", **change)
+    with pytest.raises(SpecError, match="there is no recipe 'hybird'; did you mean 'hybrid'"):
+        check("hybird")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("s", [0.0, 0.5, 1.0])
+def test_three_steps_over_an_eightfold_width(s: float) -> None:
+    found = check(s, widths=[64, 128, 256, 512], base_width=64, steps=(1, 3), seeds=4)
+    for step in (1, 3):
+        for place, (slope, error) in found.slopes(step).items():
+            assert abs(slope - found.expected[place]) <= 4.5 * error + 0.06, (step, place, slope, error)
