@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ from typer.testing import CliRunner
 
 from fathometer.cli.predict import predict
 from fathometer.errors import DomainError, SpecError
+from fathometer.observables import predict_encoder_decoder
 from fathometer.observables.model_moments import moments
-from fathometer.spec import dumps_toml, preset
+from fathometer.spec import CrossAttention, EncoderDecoder, dumps_toml, preset
 
 runner = CliRunner(env={"COLUMNS": "160", "NO_COLOR": "1"})
 
@@ -87,3 +89,26 @@ def test_no_torch_is_imported(view: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ}, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_an_encoder_decoder_has_curves_of_both_stacks(tmp_path: Path) -> None:
+    cross = CrossAttention(query=1.0, key=1.0, value=1.0, output=1.0)
+    encoder = preset("bert", n_layers=3)
+    block = encoder.blocks[0]
+    attention, mlp = block.sublayers
+    decoder = replace(
+        encoder, blocks=(replace(block, sublayers=(attention, replace(attention, branch=cross), mlp), repeat=2),)
+    )
+    both = EncoderDecoder(encoder=encoder, decoder=decoder, memory_norm=None)
+    path = tmp_path / "both.toml"
+    path.write_text(dumps_toml(both))
+    found = json.loads(run(str(path), "--tokens", "8", "--memory-tokens", "16", "--json"))
+    wanted = predict_encoder_decoder(both, n_tokens=8, q=1.0, p=0.4, n_memory=16, q_memory=1.0, p_memory=0.4)
+    for stack, profile in zip(("encoder", "decoder"), wanted, strict=True):
+        assert found[stack]["curves"]["q"] == pytest.approx(profile.q.tolist())
+    text = run(str(path), "--tokens", "8")
+    assert "encoder: 3 blocks, 8 tokens" in text and "decoder: 2 blocks" in text
+    with pytest.raises(SpecError, match="--view"):
+        run(str(path), "--view", "moments")
+    with pytest.raises(SpecError, match="--memory-tokens belongs"):
+        run("preset:bert", "--memory-tokens", "4")

@@ -174,6 +174,22 @@ def test_a_run_that_explodes_is_recorded_as_diverged() -> None:
     assert np.isinf(found.losses["uniform"][:, -1]).all()
 
 
+def test_dropout_is_seeded_and_the_random_state_left_alone() -> None:
+    def build(width: int, seed: int) -> nn.Module:
+        model = Narrow(width, seed)
+        model.encoder.layers[0].dropout1.p = 0.5
+        return model
+
+    check = partial(transfer_check, build, [8, 16], fixed="n_heads", schemes=("hybrid",), **QUICK)
+    before = torch.get_rng_state()
+    first = check()
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(5)
+    np.testing.assert_array_equal(first.losses["hybrid"], check().losses["hybrid"])
+    without = transfer_check(Narrow, [8, 16], fixed="n_heads", schemes=("hybrid",), **QUICK)
+    assert (first.losses["hybrid"] != without.losses["hybrid"]).all()
+
+
 def test_training_learns() -> None:
     model, updater = Family(Narrow, COPY, base_width=8, fixed="n_heads").start(
         recipe("hybrid"), width=16, seed=0, rate=3e-2

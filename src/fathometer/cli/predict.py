@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fathometer.cli.specs import named_spec
+from fathometer.cli.specs import is_encoder_decoder, named_spec
 from fathometer.errors import FathometerError, SpecError, nearest
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from fathometer.results import Profile
 
 VIEWS = ("curves", "moments")
 
@@ -25,6 +31,9 @@ def predict(
     layer: Annotated[
         str | None, typer.Option(help="Of moments: layers to print, separated by commas; first, middle and last.")
     ] = None,
+    memory_tokens: Annotated[
+        int | None, typer.Option(help="Of an encoder-decoder: tokens of the encoder; --tokens are the decoder's.")
+    ] = None,
     top_alignment: Annotated[
         float, typer.Option(help="Of moments: mean cosine of two tokens' output gradients; 1 for a pooled loss.")
     ] = 0.0,
@@ -36,6 +45,15 @@ def predict(
     """Predict every layer's statistics from a spec; theory only, no torch."""
     if view not in VIEWS:
         raise SpecError(f"there is no view {view!r}{nearest(view, VIEWS)}")
+    if is_encoder_decoder(spec):
+        if view != "curves" or layer is not None or layers is not None or top_alignment:
+            raise SpecError(
+                "an encoder-decoder has curves of both stacks; --view, --layer and --layers are for one stack"
+            )
+        _both_stacks(spec, tokens, memory_tokens or tokens, q, p, closure, as_json)
+        return
+    if memory_tokens is not None:
+        raise SpecError("--memory-tokens belongs to the file of an encoder-decoder")
     described = named_spec(spec, layers)
     given: dict[str, Any] = {"n_tokens": tokens, "q": q, "p": p, "closure": closure}
     if view == "curves":
@@ -48,32 +66,70 @@ def predict(
 
 
 def _curves(title: str, spec: Any, given: dict[str, Any], as_json: bool) -> None:
+    from rich.console import Console
+
     from fathometer import observables
 
     profile = observables.predict(spec, **given)
     if as_json:
         print(profile.to_json())
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(
-        title=f"{title}: {profile.n_layers} blocks, {given['n_tokens']} tokens, {profile.about['closure']} closure"
-    )
-    columns = ("q", "cosine", "apjn_log", "gradient_log", "gradient_alignment")
-    for heading in ("block", "q", "cosine", "ln J to output", "ln pooled gradient", "K/J"):
-        table.add_column(heading, justify="right")
-    count = min(profile.n_layers, 12)
-    for index in sorted({round(i * profile.n_layers / count) for i in range(count + 1)}):
-        table.add_row(str(index), *(f"{profile.curves[name][index]:.5g}" for name in columns))
     console = Console()
-    console.print(table)
+    console.print(_table(title, profile))
     try:
         grown = observables.growth(spec, **given, depth=2000)
     except FathometerError as error:
         console.print(f"Growth class not determined: {error}", highlight=False)
     else:
         console.print(f"Repeating the last block: {grown.sentence}.", highlight=False)
+
+
+def _both_stacks(name: str, tokens: int, memory_tokens: int, q: float, p: float, closure: str, as_json: bool) -> None:
+    from rich.console import Console
+
+    from fathometer.observables import predict_encoder_decoder
+    from fathometer.spec import load_encoder_decoder
+
+    stacks = predict_encoder_decoder(
+        load_encoder_decoder(name),
+        n_tokens=tokens,
+        q=q,
+        p=p,
+        n_memory=memory_tokens,
+        q_memory=q,
+        p_memory=p,
+        closure=closure,
+    )
+    named = dict(zip(("encoder", "decoder"), stacks, strict=True))
+    if as_json:
+        print(json.dumps({stack: profile.to_dict() for stack, profile in named.items()}, indent=1, allow_nan=False))
+        return
+    console = Console()
+    for stack, profile in named.items():
+        console.print(_table(f"{name}, {stack}", profile))
+    console.print("ln J and ln pooled gradient of both are relative to the decoder's output.", highlight=False)
+
+
+def _table(title: str, profile: Profile) -> Table:
+    """Return a table of about a dozen layers."""
+    from rich.table import Table
+
+    about = profile.about
+    table = Table(title=f"{title}: {profile.n_layers} blocks, {about['n_tokens']} tokens, {about['closure']} closure")
+    columns = {
+        "q": "q",
+        "cosine": "cosine",
+        "apjn_log": "ln J to output",
+        "gradient_log": "ln pooled gradient",
+        "gradient_alignment": "K/J",
+    }
+    known = {key: heading for key, heading in columns.items() if key in profile.curves}
+    for heading in ("block", *known.values()):
+        table.add_column(heading, justify="right")
+    count = min(profile.n_layers, 12)
+    for index in sorted({round(i * profile.n_layers / count) for i in range(count + 1)}):
+        table.add_row(str(index), *(f"{profile.curves[key][index]:.5g}" for key in known))
+    return table
 
 
 def _moments(title: str, spec: Any, given: dict[str, Any], layer: str | None, as_json: bool) -> None:

@@ -16,13 +16,23 @@ from fathometer.spec import Norm
 
 @dataclass
 class Branch:
-    """Linear maps between two points of the stream: entries share one input, the exit writes back."""
+    """Linear maps between two points of the stream: entries read it, the exit writes back.
+
+    Attributes:
+        source: What the entries read.
+        entries: The input maps; of cross attention the query's first, then those that read the memory.
+        exit: The output map.
+        attention: The attention operation between them.
+        inner: Other modules between them.
+        memory: What the keys and values of cross attention read in place of ``source``.
+    """
 
     source: Tensor
     entries: list[Call]
     exit: Call
     attention: AttentionCall | None
     inner: list[Call]
+    memory: Tensor | None = None
 
 
 def split_branches(trace: Trace) -> list[Branch]:
@@ -35,14 +45,17 @@ def split_branches(trace: Trace) -> list[Branch]:
     entries: list[Call] = []
     inner: list[Call] = []
     attention: AttentionCall | None = None
-    for event in trace.events:
+    memory: Tensor | None = None
+    for position, event in enumerate(trace.events):
         if isinstance(event, AttentionCall):
             attention = event
             continue
         if isinstance(event.module, nn.MultiheadAttention):
             if entries:
                 raise NotCoveredError(f"attention module {event.name!r} nested inside another branch")
-            branches.append(Branch(event.input, [event], event, attention, []))
+            branches.append(
+                Branch(event.input, [event], event, attention, [], None if attention is None else attention.memory)
+            )
             attention = None
             continue
         if not is_linear(event):
@@ -51,16 +64,36 @@ def split_branches(trace: Trace) -> list[Branch]:
             continue
         if not entries and branches and same_tensor(event.input, branches[-1].exit.input):
             raise NotCoveredError(f"{event.name!r} reads another sequence: cross-attention")
-        if not entries or same_tensor(event.input, entries[0].input):
+        if not entries or same_tensor(event.input, entries[-1].input):
             entries.append(event)
+        elif memory is None and attention is None and _leads_to_attention(trace, position):
+            if len(entries) > 1:  # keys and values first
+                memory, entries = entries[0].input, [event, *entries]
+            else:
+                memory, entries = event.input, [*entries, event]
         else:
-            branches.append(Branch(entries[0].input, entries, event, attention, inner))
-            entries, inner, attention = [], [], None
+            branches.append(Branch(entries[0].input, entries, event, attention, inner, memory))
+            entries, inner, attention, memory = [], [], None, None
     if entries:
         raise NotCoveredError(f"linear map {entries[0].name!r} does not lead back to the stream")
     if not branches:
         raise NotCoveredError("no pair of linear maps found in the block")
     return branches
+
+
+def _leads_to_attention(trace: Trace, position: int) -> bool:
+    """Return whether the linear maps from here on to the next attention all share one input.
+
+    They then are a second set of input maps: an MLP that ends here would be followed by maps of another input.
+    """
+    first = trace.events[position]
+    assert isinstance(first, Call)
+    for event in trace.events[position + 1 :]:
+        if isinstance(event, AttentionCall):
+            return True
+        if is_linear(event) and not same_tensor(event.input, first.input):
+            return False
+    return False
 
 
 def branch_outputs(trace: Trace) -> list[tuple[bool, Tensor]]:

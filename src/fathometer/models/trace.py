@@ -56,6 +56,7 @@ class AttentionCall:
         mask: Additive or boolean mask given to the kernel.
         logits: Masked scores given to a plain softmax.
         crossed: Whether keys are known to come from another tensor than queries.
+        memory: That tensor, where values come from it too.
     """
 
     queries: Tensor | None
@@ -65,6 +66,7 @@ class AttentionCall:
     mask: Tensor | None
     logits: Tensor | None
     crossed: bool = False
+    memory: Tensor | None = None
 
     @property
     def n_heads(self) -> int:
@@ -217,6 +219,7 @@ def _from_multihead(
     if masks[1] is not None:
         masks[1] = masks[1][:, None, None, :]
     given = [mask for mask in masks if mask is not None]
+    crossed = not same_tensor(query, key)
     return AttentionCall(
         queries=heads[0],
         keys=heads[1],
@@ -224,7 +227,8 @@ def _from_multihead(
         causal=False,
         mask=sum(given[1:], given[0]) if given else None,
         logits=None,
-        crossed=query.data_ptr() != key.data_ptr(),
+        crossed=crossed,
+        memory=key.detach() if crossed and same_tensor(key, value) else None,
     )
 
 
@@ -292,6 +296,13 @@ def leaves(module: nn.Module) -> dict[str, nn.Module]:
 def tracing(module: nn.Module) -> Iterator[Trace]:
     """Record the leaf calls and attention operations of ``module`` inside the ``with`` block."""
     trace = Trace()
+    with recording(leaves(module), trace), watch_attention(trace.events.append):
+        yield trace
+
+
+@contextmanager
+def recording(modules: dict[str, nn.Module], trace: Trace) -> Iterator[None]:
+    """Add the calls of the given leaves, by name, to a trace."""
     pending: dict[str, list[Tensor]] = {}
 
     def before(name: str, child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -307,8 +318,8 @@ def tracing(module: nn.Module) -> Iterator[Trace]:
             versions = (source._version, result._version)
             trace.events.append(Call(name, child, source, result, rows, sampled(result), versions))
 
-    with hooked(leaves(module), after=after, before=before), watch_attention(trace.events.append):
-        yield trace
+    with hooked(modules, after=after, before=before):
+        yield
 
 
 def sampled(x: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ from fathometer.training.families import (
     check_runs,
     model_output,
     recipe,
+    seeded,
     train_steps,
 )
 
@@ -160,13 +161,14 @@ def coordinate_check(
     family = Family(build, task, base_width=base_width, optimizer=optimizer, fixed=fixed, overrides=overrides)
     changes: dict[str, FloatArray] = {}
     for done, (i, k) in enumerate(np.ndindex(len(widths), seeds), start=1):
-        model, updater = family.start(chosen, width=widths[i], seed=k, rate=lr)
         blocks = family.roles(widths[i]).blocks
         probe = next(task.batches(k))[0]
-        before, after = _features(model, blocks, probe), {}
-        for step, _ in enumerate(train_steps(model, updater, task.batches(k), steps=looks[-1]), start=1):
-            if step in looks:
-                after[step] = _features(model, blocks, probe)
+        with seeded(k):
+            model, updater = family.start(chosen, width=widths[i], seed=k, rate=lr)
+            before, after = _features(model, blocks, probe), {}
+            for step, _ in enumerate(train_steps(model, updater, task.batches(k), steps=looks[-1]), start=1):
+                if step in looks:
+                    after[step] = _features(model, blocks, probe)
         for place, start in before.items():
             values = changes.setdefault(place, np.full((len(widths), len(looks), seeds), np.nan))
             for j, look in enumerate(looks):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -152,7 +153,8 @@ class Family:
     def roles(self, width: int) -> ModelRoles:
         """Return the roles of the parameters at a width, read once."""
         if width not in self._roles:
-            found = read_roles(self.build(width, 0), self._inputs, overrides=self.overrides)
+            with seeded(0):
+                found = read_roles(self.build(width, 0), self._inputs, overrides=self.overrides)
             if found.d_model != width:
                 raise ModelError(f"build({width}, seed) returned a model whose stream is {found.d_model} wide")
             self._roles[width] = found
@@ -167,7 +169,8 @@ class Family:
             rate: Learning rate at the base width.
         """
         if self._stds is None:
-            self._stds = role_stds(self.build(self.base_width, 0), self.roles(self.base_width))
+            with seeded(0):
+                self._stds = role_stds(self.build(self.base_width, 0), self.roles(self.base_width))
         roles, model = self.roles(width), self.build(width, seed)
         biases = {
             row.parameter: dict(model.named_parameters())[row.parameter].detach().clone()
@@ -202,6 +205,14 @@ class Family:
         if self.optimizer == "sgd":
             return model, torch.optim.SGD(groups, lr=rate)
         return model, torch.optim.AdamW(groups, lr=rate, weight_decay=0.0)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed what draws from torch's own generator, such as dropout, and leave its state as found."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def train_steps(

@@ -27,7 +27,18 @@ from numpy.typing import NDArray
 
 from fathometer.errors import DomainError, SpecError
 from fathometer.prescription.width_scaling import FixedHeads, Optimizer, ScalingScheme
-from fathometer.training.families import UNIFORM, Build, Family, Progress, Recipe, Task, check_runs, recipe, train_steps
+from fathometer.training.families import (
+    UNIFORM,
+    Build,
+    Family,
+    Progress,
+    Recipe,
+    Task,
+    check_runs,
+    recipe,
+    seeded,
+    train_steps,
+)
 from fathometer.training.runs import diverged
 
 FloatArray = NDArray[np.float64]
@@ -207,8 +218,9 @@ def transfer_check(
         label = "base" if widths[i] == base_width and not one.rates else _label(one)
         key = f"{label} | width {widths[i]} | rate {rates[j]:.9g} | seed {k}"
         if key not in kept.runs:
-            model, updater = family.start(one, width=widths[i], seed=k, rate=rates[j])
-            curve = list(train_steps(model, updater, task.batches(k), steps=steps, warmup=warmup))
+            with seeded(k):
+                model, updater = family.start(one, width=widths[i], seed=k, rate=rates[j])
+                curve = list(train_steps(model, updater, task.batches(k), steps=steps, warmup=warmup))
             kept.add(key, _final(curve, steps))
         found = kept.runs[key]
         if found is not None:

@@ -101,7 +101,7 @@ def ablation(size: Size, progress: Progress) -> Ablation:
         progress: Told after every run.
     """
     from fathometer.training import load_digits
-    from fathometer.training.families import Family, Recipe, digits_task, train_steps
+    from fathometer.training.families import Family, Recipe, digits_task, seeded, train_steps
     from fathometer.training.runs import diverged
 
     width = 64 if size.d_model <= SMALL.d_model else 256
@@ -117,8 +117,9 @@ def ablation(size: Size, progress: Progress) -> Ablation:
     runs = list(product(range(seeds), VARIANTS, range(len(rates))))
     for done, (k, name, j) in enumerate(runs, start=1):
         chosen = Recipe(name=name, scheme=SCALINGS[RULES], uniform=True, rates=factors[name])
-        model, updater = family.start(chosen, width=width, seed=k, rate=rates[j])
-        curve = np.array(list(train_steps(model, updater, task.batches(k), steps=steps)))
+        with seeded(k):
+            model, updater = family.start(chosen, width=width, seed=k, rate=rates[j])
+            curve = np.array(list(train_steps(model, updater, task.batches(k), steps=steps)))
         if len(curve) == steps and np.isfinite(curve).all() and not diverged(curve):
             losses[name][j, k] = curve[-max(steps // 5, 1) :].mean()
             accuracies[name][j, k] = _accuracy(model, data)
