@@ -13,6 +13,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from fathometer.cli.app import app
 from fathometer.cli.predict import predict
 from fathometer.errors import DomainError, SpecError
 from fathometer.observables import predict_encoder_decoder
@@ -112,3 +113,8 @@ def test_an_encoder_decoder_has_curves_of_both_stacks(tmp_path: Path) -> None:
         run(str(path), "--view", "moments")
     with pytest.raises(SpecError, match="--memory-tokens belongs"):
         run("preset:bert", "--memory-tokens", "4")
+    prescribed = runner.invoke(app, ["prescribe", str(path), "--scheme", "deepscalelm", "--tokens", "8", "--k", "1"])
+    assert prescribed.exit_code == 0, prescribed.output
+    assert "encoder: deepscalelm, 3 layers" in prescribed.output and "the gradient at the encoder" in prescribed.output
+    as_json = json.loads(runner.invoke(app, ["prescribe", str(path), "--scheme", "xavier", "--json"]).output)
+    assert {row["role"] for row in as_json["decoder"]["rows"]} >= {"query", "mlp_out"}

@@ -7,13 +7,16 @@ import math
 from collections.abc import Iterator, Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fathometer.cli.initialize import initialize_model
-from fathometer.cli.specs import named_spec
+from fathometer.cli.specs import is_encoder_decoder, named_spec
 from fathometer.errors import SpecError
+
+if TYPE_CHECKING:
+    from fathometer.prescription import SchemePlan
 
 
 def prescribe(
@@ -56,6 +59,9 @@ def prescribe(
         float | None, typer.Option(help="Of deepscalelm: cosine of two embeddings, by default p / q.")
     ] = None,
     reference: Annotated[bool, typer.Option("--reference", help="Of deepscalelm: the published recurrence.")] = False,
+    memory_tokens: Annotated[
+        int | None, typer.Option(help="Of a scheme on an encoder-decoder: tokens of the encoder.")
+    ] = None,
     batch: Annotated[
         str | None, typer.Option(help="Of a scheme on a model: text, tokens:WIDTHxCOUNT, or a .pt, .npy or .txt file.")
     ] = None,
@@ -92,6 +98,16 @@ def prescribe(
             as_json=as_json,
         )
         return
+    if is_encoder_decoder(spec):
+        if scheme is None or compare or norm is not None or layers is not None:
+            raise SpecError("an encoder-decoder takes --scheme; it is not compared, solved, renormed or deepened")
+        q = 1.0 if q is None else q
+        p = 0.4 * q if p is None else p
+        check_moments(tokens, q, p)
+        _print_both_stacks(spec, scheme, tokens, memory_tokens or tokens, cosine=p / q, options=given, as_json=as_json)
+        return
+    if memory_tokens is not None:
+        raise SpecError("--memory-tokens belongs to the file of an encoder-decoder")
     if emit is not None or apply is not None or batch is not None:
         raise SpecError("--emit, --apply and --batch belong to a model, as in hf:gpt2")
     described = _with_norm(named_spec(spec), norm)
@@ -153,11 +169,34 @@ def _print_scheme(
     plan = apply_scheme(spec, scheme, **{name: usual[name] for name in usual if name in known} | options)
     if as_json:
         print(json.dumps(plan.to_dict(), indent=1, allow_nan=False))
+    else:
+        _print_plan(title, plan)
+
+
+def _print_both_stacks(
+    title: str, scheme: str, tokens: int, memory: int, *, cosine: float, options: dict[str, Any], as_json: bool
+) -> None:
+    from fathometer.prescription import apply_scheme, scheme_options
+    from fathometer.spec import EncoderDecoder, load_encoder_decoder
+
+    known = scheme_options(scheme, EncoderDecoder)
+    usual = {"n_tokens": tokens, "n_memory": memory, "r0": max(cosine, 0.0)}
+    given = {name: usual[name] for name in usual if name in known} | options
+    both = apply_scheme(load_encoder_decoder(title), scheme, **given)
+    if as_json:
+        print(json.dumps(both.to_dict(), indent=1, allow_nan=False))
         return
+    _print_plan(f"{title}, encoder", both.encoder)
+    _print_plan(f"{title}, decoder", both.decoder)
+    for note in both.notes:
+        print(f"- {note}")
+
+
+def _print_plan(title: str, plan: SchemePlan) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{title}: {scheme}, {spec.n_layers} layers")
+    table = Table(title=f"{title}: {plan.name}, {plan.spec.n_layers} layers")
     for heading in ("layers", "sublayer", "weight", "std", "scale", "skip", "branch", "why"):
         table.add_column(heading, justify="left" if heading in ("weight", "why") else "right")
     places = list(dict.fromkeys((row.layer, row.sublayer) for row in plan.rows))
