@@ -44,6 +44,16 @@ def test_a_tied_head_reads_its_own_token_and_more_so_in_a_wider_model() -> None:
         assert float(note.split("lies ")[1].split()[0]) == pytest.approx(expected, rel=0.1)
 
 
+def test_the_order_of_a_batch_does_not_matter() -> None:
+    ids = BATCH.inputs["input_ids"]
+    masked = as_batch({"attention_mask": torch.ones_like(ids), "input_ids": ids})
+    model = language_model(256, tied=True)
+    with torch.no_grad():
+        for weight in model.transformer.h.parameters():
+            weight.mul_(0.1 if weight.ndim == 2 else 1.0)
+    assert cautions(model, masked, None) == cautions(model, BATCH, None) != []
+
+
 def test_untied_heads_and_many_heads_need_no_word() -> None:
     assert cautions(language_model(64, tied=False), BATCH, None) == []
     report = fm.diagnose(language_model(64, tied=False), BATCH, seeds=2)

@@ -429,7 +429,7 @@ def test_post_norm_trains_by_deepscalelm_and_not_from_xavier() -> None:
 @pytest.mark.slow
 def test_post_norm_of_a_hundred_blocks_trains_by_deepscalelm_and_not_from_xavier() -> None:
     ours, standard = against_xavier(100, 32, rates=(3e-4,), seeds=(0, 1, 2), steps=300, warmup=20)
-    assert (ours < -0.2).all(), ours
+    assert (ours < -0.4).all(), ours
     assert (standard > -0.1).all(), standard
 
 
@@ -439,7 +439,7 @@ def test_a_thousand_blocks_train() -> None:
     run = train(
         AROUND(spec),
         rate=1e-3,
-        steps=120,
+        steps=170,
         warmup=10,
         n_tokens=32,
         batch_size=4,
@@ -447,4 +447,4 @@ def test_a_thousand_blocks_train() -> None:
         held_out_windows=64,
     )
     assert run.status == "ok"
-    assert run.held_out < min(run.unigram_loss, TEXT.unigram_entropy) - 0.2
+    assert run.held_out < min(run.unigram_loss, TEXT.unigram_entropy) - 0.4

@@ -5,7 +5,6 @@ Errors are one line and exit code 2; an unhealthy verdict under ``--strict`` is 
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -13,11 +12,13 @@ from typing import Annotated
 import typer
 
 from fathometer.cli.diagram import diagram
+from fathometer.cli.libraries import prepare_torch
 from fathometer.cli.predict import predict
 from fathometer.cli.prescribe import prescribe
 from fathometer.cli.reproduce import reproduce
+from fathometer.cli.train import train
 from fathometer.cli.widths import coordinate_check, transfer_check, widths
-from fathometer.errors import FathometerError, MissingExtraError
+from fathometer.errors import FathometerError
 
 app = typer.Typer(
     name="fathometer",
@@ -66,8 +67,7 @@ def diagnose(
     as_json: AsJson = False,
 ) -> None:
     """Predict and measure signal propagation on a real model, and say whether it will train."""
-    _quiet_libraries()
-    _require_torch()
+    prepare_torch()
     from rich.console import Console
 
     from fathometer import diagnosis, measurement, models, report
@@ -103,6 +103,7 @@ app.command()(predict)
 app.command()(diagram)
 app.command()(prescribe)
 app.command()(reproduce)
+app.command()(train)
 app.command()(widths)
 app.command()(coordinate_check)
 app.command()(transfer_check)
@@ -118,21 +119,3 @@ def main() -> None:
     except KeyboardInterrupt:
         print("fathometer: interrupted; nothing was changed", file=sys.stderr)
         raise SystemExit(130) from None
-
-
-def _require_torch() -> None:
-    try:
-        import torch  # noqa: F401
-    except ImportError:
-        raise MissingExtraError("torch", "torch") from None
-
-
-def _quiet_libraries() -> None:
-    """Keep model libraries from looking for hubs or printing advice; set before they are imported."""
-    for name, value in {
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-    }.items():
-        os.environ.setdefault(name, value)

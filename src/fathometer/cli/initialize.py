@@ -7,6 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from fathometer.cli.libraries import prepare_torch
+from fathometer.errors import SpecError, nearest
+from fathometer.prescription import SCHEMES
+
 
 def initialize_model(
     name: str,
@@ -32,19 +36,24 @@ def initialize_model(
         seed: Which draw.
         options: Of the scheme.
         emit: Style of code to print in place of the table.
-        apply: File for the ``state_dict``, the multipliers and the plan.
+        apply: File for the ``state_dict``, the multipliers, the scheme's name and options and the seed.
         as_json: Whether to print JSON in place of the table.
     """
+    prepare_torch()
     from fathometer import application, measurement, models
-    from fathometer.errors import SpecError
 
+    if scheme not in SCHEMES:
+        raise SpecError(
+            f"there is no scheme {scheme!r}{nearest(scheme, SCHEMES)} Learning rates and deviations across widths are "
+            "those of `fathometer widths`."
+        )
     if emit is not None and emit not in application.STYLES:
         raise SpecError(f"--emit {emit!r} is unknown; accepted: {', '.join(application.STYLES)}")
     loaded = models.load_model(name, layers=layers, seed=seed)
     inputs = measurement.load_batch(batch, loaded, n_tokens=min(tokens, loaded.max_tokens))
     done = application.initialize(loaded.model, scheme, inputs, seed=seed, **options)
     if apply is not None:
-        _save(apply, loaded.model, scheme, seed)
+        _save(apply, loaded.model, {"scheme": scheme, "options": options, "seed": seed})
     if emit is not None:
         print(application.emit(done, emit), end="")  # type: ignore[arg-type]
     elif as_json:
@@ -55,17 +64,12 @@ def initialize_model(
         print(f"Weights and multipliers: {apply}")
 
 
-def _save(path: Path, model: Any, scheme: str, seed: int) -> None:
+def _save(path: Path, model: Any, about: dict[str, Any]) -> None:
     import torch
 
     from fathometer.application import multiplier_table
 
-    content = {
-        "state_dict": model.state_dict(),
-        "multipliers": multiplier_table(model),
-        "scheme": scheme,
-        "seed": seed,
-    }
+    content = {"state_dict": model.state_dict(), "multipliers": multiplier_table(model), **about}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.part")
     torch.save(content, partial)
@@ -73,8 +77,6 @@ def _save(path: Path, model: Any, scheme: str, seed: int) -> None:
 
 
 def _plain(done: Any) -> dict[str, Any]:
-    if not hasattr(done, "plan"):
-        return done.scaling.to_dict()  # type: ignore[no-any-return]
     ends = [{"parameter": r.parameter.key, "role": r.parameter.role, "std": r.std} for r in done.ends]
     rows = [{"layer": r.layer, "parameter": r.key, "role": r.role, "std": r.std} for r in done.blocks.rows]
     residual = [{"layer": r.layer, "module": r.module, "factor": r.factor} for r in done.blocks.residual]

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fathometer.cli.libraries import prepare_torch
 from fathometer.errors import SpecError, nearest
 
 
@@ -36,10 +37,7 @@ def reproduce(
     folder = Path("fathometer-reproduce") / item.replace("/", "-") if out is None else out
     _check_folder(folder)
 
-    from fathometer.cli.app import _quiet_libraries, _require_torch
-
-    _quiet_libraries()
-    _require_torch()
+    prepare_torch()
     from fathometer.report import progress_reporter
 
     with progress_reporter() as progress:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fathometer.cli.libraries import prepare_torch
 from fathometer.errors import SpecError, nearest
 
 if TYPE_CHECKING:
@@ -54,10 +55,7 @@ def widths(
     as_json: AsJson = False,
 ) -> None:
     """Print what a width scaling does to a model: factors on std, learning rate, decay and epsilon by role."""
-    from fathometer.cli.app import _quiet_libraries, _require_torch
-
-    _quiet_libraries()
-    _require_torch()
+    prepare_torch()
     from fathometer import measurement, models
     from fathometer.application import scaling_table
     from fathometer.models.roles import read_roles
@@ -196,10 +194,7 @@ def transfer_check(
 
 def _family(name: str, text: Path | None, tokens: int, samples: int) -> tuple[Build, Task]:
     """Return how to build a model of a width, and its task."""
-    from fathometer.cli.app import _quiet_libraries, _require_torch
-
-    _quiet_libraries()
-    _require_torch()
+    prepare_torch()
     from functools import partial
 
     from fathometer.papers.effective.models import language_model, vision_model

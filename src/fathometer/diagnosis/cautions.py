@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fathometer.errors import FathometerError
 from fathometer.measurement.batches import Batch
 from fathometer.measurement.untouched import untouched
 from fathometer.models import ModelReading
@@ -69,22 +68,24 @@ def _fewest_heads(reading: ModelReading | None) -> int | None:
 
 def _own_token(model: nn.Module, batch: Batch) -> float | None:
     """Return by how many standard deviations the own token's logit exceeds the others; ``None`` if no head is tied."""
-    tables = {id(m.weight): m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}
-    tied = {tables[id(m.weight)] for m in model.modules() if isinstance(m, nn.Linear) and id(m.weight) in tables}
-    ids = next((t for t in batch.tensors if t.ndim == 2 and not t.is_floating_point()), None)
-    if not tied or ids is None:
+    linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding) and id(module.weight) in linear]
+    if not tables:
         return None
+    seen: list[Tensor] = []
+    handle = tables[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()) if args else None)
     try:
         with untouched(model), torch.no_grad():
             out: Any = batch.call(model)
-    except FathometerError:
-        return None
+    finally:
+        handle.remove()
     logits = getattr(out, "logits", out[0] if isinstance(out, tuple) else out)
-    if not isinstance(logits, Tensor) or logits.shape[:-1] != ids.shape or logits.shape[-1] not in tied:
+    rows = tables[0].num_embeddings
+    if not seen or not isinstance(logits, Tensor) or logits.shape != (*seen[0].shape, rows):
         return None
     logits = logits.double()
-    own = logits.gather(-1, ids[..., None].long())
-    others = logits.shape[-1] - 1
+    own = logits.gather(-1, seen[0][..., None].long())
+    others = rows - 1
     mean = (logits.sum(dim=-1, keepdim=True) - own) / others
     variance = ((logits - mean).square().sum(dim=-1, keepdim=True) - (own - mean).square()) / others
     return float(((own - mean) / variance.sqrt().clamp_min(1e-300)).mean())
