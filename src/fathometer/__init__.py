@@ -77,6 +77,7 @@ if TYPE_CHECKING:
         preset,
         with_field,
     )
+    from fathometer.training import coordinate_check, train_language_model, transfer_check
 
 _HOMES = {
     "fathometer.application": (
@@ -173,6 +174,11 @@ _HOMES = {
         "preset",
         "with_field",
     ),
+    "fathometer.training": (
+        "coordinate_check",
+        "train_language_model",
+        "transfer_check",
+    ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -215,6 +221,7 @@ __all__ = [
     "__version__",
     "apply_scheme",
     "compare_schemes",
+    "coordinate_check",
     "corpus_overlap",
     "critical_line",
     "diagnose",
@@ -247,6 +254,8 @@ __all__ = [
     "solve_field",
     "tangent_kernel",
     "tangent_slopes",
+    "train_language_model",
+    "transfer_check",
     "with_field",
     "write_spec",
     "zipf_overlap",

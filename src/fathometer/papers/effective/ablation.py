@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -109,7 +110,7 @@ def ablation(size: Size, progress: Progress) -> Ablation:
     seeds = max(3, size.seeds // 2)
     data = load_digits()
     task = digits_task(data, batch_size=BATCH)
-    family = Family(vision_model, task, base_width=width)
+    family = Family(partial(vision_model, position=POSITION), task, base_width=width)
     factors = _factors(family, width)
     rates = [2.0**power for power in LOG2_RATES]
     losses = {name: np.full((len(rates), seeds), np.inf) for name in VARIANTS}

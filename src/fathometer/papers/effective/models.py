@@ -1,7 +1,8 @@
 """The two small models of these figures, at any width: a byte-level language model and a vision transformer.
 
 Matrices start with variance ``1 / fan_in``, tables of tokens with variance one. A head is eight channels wide at every
-width, so that the number of heads follows the width. Tables of positions start small, as in the paper.
+width, so that the number of heads follows the width. Positions of the language model start small, as in the paper;
+those of the vision model at half the size of its patches, see :mod:`fathometer.papers.effective.transfer`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 D_HEAD, N_LAYERS = 8, 2
-POSITION = 0.02
+POSITION, VISION_POSITION = 0.02, 0.5
 
 _SCALES = Scales(query=1.0, key=1.0, value=1.0, output=1.0, mlp_in=1.0, mlp_out=1.0)
 
@@ -53,8 +54,14 @@ def language_model(width: int, seed: int, *, log_frequencies: Tensor, n_tokens: 
     return LanguageModel(language_spec(width), log_frequencies=log_frequencies, n_tokens=n_tokens, seed=seed)
 
 
-def vision_model(width: int, seed: int) -> nn.Module:
-    """Return the classifier of digits of a width and a seed; its head is drawn with variance ``1 / fan_in``."""
+def vision_model(width: int, seed: int, *, position: float = VISION_POSITION) -> nn.Module:
+    """Return the classifier of digits of a width and a seed; its head is drawn with variance ``1 / fan_in``.
+
+    Args:
+        width: Of the stream.
+        seed: Of all weights.
+        position: Standard deviation of the table of positions.
+    """
     import torch
 
     from fathometer.models.seeding import named_generator
@@ -63,6 +70,6 @@ def vision_model(width: int, seed: int) -> nn.Module:
     model = PatchClassifier(trunk(width, causal=False), seed=seed, token_scale=math.sqrt(2.0))
     generator = named_generator(seed, "head")
     with torch.no_grad():
-        model.positions.mul_(POSITION)
+        model.positions.mul_(position)
         model.head.weight.copy_(torch.randn(model.head.weight.shape, generator=generator) / math.sqrt(width))
     return model

@@ -55,6 +55,8 @@ def _key(ax: Axes, check: TransferCheck) -> None:
         for colour, width in zip(colours, check.widths, strict=True)
     ]
     handles.append(Line2D([], [], color=colours[-1], marker="*", markersize=10, linewidth=0, label="optimum"))
+    if any((status != "ok").any() for status in check.status.values()):
+        handles.append(Line2D([], [], color=ALARM, marker="x", markersize=6, linewidth=0, label="a run diverged"))
     ax.legend(handles=handles, loc="lower left", fontsize=8.8, frameon=False, labelcolor=INK, handlelength=1.4)
 
 
