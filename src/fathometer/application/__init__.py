@@ -1,8 +1,9 @@
 """Writing a prescription into a model, and into code."""
 
 from fathometer.application.emit import STYLES, emit
-from fathometer.application.initialize import Applied, ResidualRow, WeightRow, write_spec
+from fathometer.application.initialize import Applied, AppliedEncoderDecoder, ResidualRow, WeightRow, write_spec
 from fathometer.application.initialize_widths import WidthsApplied, initialize_widths, role_stds
+from fathometer.application.inside import EncoderDecoderInside, FirstTokens, read_encoder_decoder
 from fathometer.application.multipliers import (
     ResidualMultiplier,
     insert_multipliers,
@@ -15,7 +16,10 @@ from fathometer.application.parameter_groups import parameter_groups, scaling_ta
 __all__ = [
     "STYLES",
     "Applied",
+    "AppliedEncoderDecoder",
     "DoubleScalingWarning",
+    "EncoderDecoderInside",
+    "FirstTokens",
     "Initialized",
     "ResidualMultiplier",
     "ResidualRow",
@@ -27,6 +31,7 @@ __all__ = [
     "insert_multipliers",
     "multiplier_table",
     "parameter_groups",
+    "read_encoder_decoder",
     "remove_multipliers",
     "role_stds",
     "scaling_table",

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal
 
-from fathometer.application.initialize import Applied, WeightRow
+from fathometer.application.initialize import Applied, AppliedEncoderDecoder, WeightRow
 from fathometer.application.named import Initialized
 from fathometer.errors import NotCoveredError, SpecError, nearest
+from fathometer.spec import CrossAttention, SelfAttention, Sublayer
 
 Style = Literal["torch", "megatron", "torchtitan"]
 STYLES = ("torch", "megatron", "torchtitan")
@@ -23,7 +24,7 @@ _TITAN = {
 }
 
 
-def emit(applied: Applied | Initialized, style: Style = "torch") -> str:
+def emit(applied: Applied | AppliedEncoderDecoder | Initialized, style: Style = "torch") -> str:
     """Return source code with the same effect as a write.
 
     Weights become initialisation lines, equal layers merged; residual factors become comments that say what the
@@ -35,20 +36,21 @@ def emit(applied: Applied | Initialized, style: Style = "torch") -> str:
             Megatron-Core parameter names. ``"torchtitan"``: an ``init_weights`` method of the block.
     Raises:
         SpecError: for an unknown style.
-        NotCoveredError: for the latter two styles, if a block is not one attention and one MLP with these roles.
+        NotCoveredError: for the latter two styles, if a block is not one attention and one MLP with these roles, or
+            there are two stacks.
     """
     inside, ends = (applied.blocks, applied) if isinstance(applied, Initialized) else (applied, None)
-    match style:
-        case "torch":
-            lines = _torch(inside)
-        case "megatron":
-            lines = _megatron(inside)
-        case "torchtitan":
-            lines = _torchtitan(inside)
-        case _:
-            raise SpecError(f"there is no style {style!r}{nearest(str(style), STYLES)}")
+    if style not in STYLES:
+        raise SpecError(f"there is no style {style!r}{nearest(str(style), STYLES)}")
+    if style != "torch" and isinstance(inside, AppliedEncoderDecoder):
+        raise NotCoveredError(f"the style {style!r} is for one stack of blocks; 'torch' writes encoder and decoder")
+    stacks = inside.stacks if isinstance(inside, AppliedEncoderDecoder) else (inside,)
+    write = {"torch": _torch, "megatron": _megatron, "torchtitan": _torchtitan}[style]
+    lines = ["import torch.nn as nn"] if style == "torch" else []
+    for stack in stacks:
+        lines += [*write(stack), *_residual_comments(stack)]
     outside = [] if ends is None else _ends(ends, code=style == "torch")
-    return "\n".join([*lines, *_residual_comments(inside), *outside]) + "\n"
+    return "\n".join([*lines, *outside]) + "\n"
 
 
 def _ends(applied: Initialized, *, code: bool) -> list[str]:
@@ -70,7 +72,7 @@ def _torch(applied: Applied) -> list[str]:
     for row in applied.rows:
         place = _attribute("block", row.parameter.removeprefix(f"{applied.blocks[row.layer]}."))
         patterns.setdefault(place + row.key.removeprefix(row.parameter), []).append(row)
-    lines = ["import torch.nn as nn", "", *_loop(applied.blocks)]
+    lines = ["", *_loop(applied.blocks)]
     for place, rows in patterns.items():
         everywhere = len(rows) == len(applied.blocks)
         indent = "    " if everywhere else "        "
@@ -198,7 +200,7 @@ def _residual_comments(applied: Applied) -> list[str]:
         if set(skips) | set(scales) == {"1"}:
             continue
         first = steps[0]
-        branch = f"{'attention' if first.is_attention else 'mlp'}({'x' if first.input_norm is None else 'norm(x)'})"
+        branch = f"{_named(first)}({'x' if first.input_norm is None else 'norm(x)'}{_memory(first)})"
         branch = branch if first.output_norm is None else f"norm({branch})"
         total = f"{_value(skips, 'layer')} * x + {_value(scales, 'layer')} * {branch}"
         lines.append(f"#   x = {total if first.stream_norm is None else f'norm({total})'}")
@@ -206,3 +208,14 @@ def _residual_comments(applied: Applied) -> list[str]:
         lines.insert(0, "# in the forward of the block, in place of its own residual factors:")
         lines.insert(0, "")
     return lines
+
+
+def _named(sublayer: Sublayer) -> str:
+    """Return what to call a branch."""
+    if isinstance(sublayer.branch, CrossAttention):
+        return "cross_attention"
+    return "attention" if isinstance(sublayer.branch, SelfAttention) else "mlp"
+
+
+def _memory(sublayer: Sublayer) -> str:
+    return ", memory" if isinstance(sublayer.branch, CrossAttention) else ""

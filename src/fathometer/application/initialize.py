@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fathometer.application.multipliers import ResidualMultiplier, insertable_factors, multipliers_in
-from fathometer.errors import BatchError, FathometerError, ModelError, NotCoveredError, SpecError
+from fathometer.application.inside import ReadStack, expect_pair, read_pair, read_stack, without_multipliers
+from fathometer.application.multipliers import ResidualMultiplier, insertable_factors, remove_multipliers
+from fathometer.errors import NotCoveredError, SpecError
 from fathometer.measurement.batches import as_batch
-from fathometer.measurement.sounding import record_calls
-from fathometer.measurement.untouched import untouched
-from fathometer.models import Stack, SublayerReading, WeightSlice, check_weights, find_stacks, named_stack, read_block
-from fathometer.models.branches import leaving, producer_of, split_branches
-from fathometer.models.reading import spec_of
+from fathometer.models import WeightSlice, check_weights
 from fathometer.models.seeding import named_generator
-from fathometer.models.trace import Trace, tracing
-from fathometer.models.weights import check_order
-from fathometer.spec import CrossAttention, GatedMLP, SelfAttention, Sublayer, Transformer, array_fields
+from fathometer.spec import (
+    CrossAttention,
+    EncoderDecoder,
+    GatedMLP,
+    Norm,
+    SelfAttention,
+    Sublayer,
+    Transformer,
+    array_fields,
+    memory_width,
+)
 
 #: Field of a branch with the standard deviation of a role's bias; roles that are missing have none in the theory.
 _BIASES = {"value": "value_bias", "output": "output_bias", "mlp_in": "in_bias", "mlp_out": "out_bias"}
-_EPSILONS = ("eps", "variance_epsilon", "epsilon")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,14 +114,59 @@ class Applied:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _ReadBlock:
-    """One block of the model: what its sublayers are, and which module puts out each branch."""
+class AppliedEncoderDecoder:
+    """What :func:`write_spec` did to an encoder and its decoder.
 
-    parts: tuple[SublayerReading, ...]
-    exits: tuple[str, ...]
-    epsilons: tuple[float, ...]
+    Attributes:
+        target: The spec that was written.
+        encoder, decoder: What was done to each.
+    """
+
+    target: EncoderDecoder
+    encoder: Applied
+    decoder: Applied
+
+    @property
+    def stacks(self) -> tuple[Applied, Applied]:
+        """The encoder, then the decoder."""
+        return self.encoder, self.decoder
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Full names of the blocks of both."""
+        return (*self.encoder.blocks, *self.decoder.blocks)
+
+    @property
+    def rows(self) -> tuple[WeightRow, ...]:
+        """Every weight and bias drawn, layers counted in each stack."""
+        return (*self.encoder.rows, *self.decoder.rows)
+
+    @property
+    def residual(self) -> tuple[ResidualRow, ...]:
+        """Every multiplier inserted, layers counted in each stack."""
+        return (*self.encoder.residual, *self.decoder.residual)
+
+    @property
+    def seed(self) -> int:
+        """Seed of the draw."""
+        return self.encoder.seed
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was left alone, and what to know."""
+        return tuple(dict.fromkeys([*self.encoder.notes, *self.decoder.notes]))
+
+    def table(self) -> str:
+        """Return the tables of the encoder and of the decoder."""
+        return "\n\n".join(["encoder", self.encoder.table(), "decoder", self.decoder.table()])
+
+    def remove(self) -> None:
+        """Take the multipliers out of the model again; the weights stay as drawn."""
+        for stack in self.stacks:
+            stack.remove()
 
 
+@overload
 def write_spec(
     model: nn.Module,
     batch: Any,
@@ -126,7 +175,30 @@ def write_spec(
     seed: int = 0,
     blocks: str | Sequence[nn.Module] | None = None,
     on_conflict: Literal["raise", "first"] = "raise",
-) -> Applied:
+) -> Applied: ...
+
+
+@overload
+def write_spec(
+    model: nn.Module,
+    batch: Any,
+    target: EncoderDecoder,
+    *,
+    seed: int = 0,
+    blocks: None = None,
+    on_conflict: Literal["raise", "first"] = "raise",
+) -> AppliedEncoderDecoder: ...
+
+
+def write_spec(
+    model: nn.Module,
+    batch: Any,
+    target: Transformer | EncoderDecoder,
+    *,
+    seed: int = 0,
+    blocks: str | Sequence[nn.Module] | None = None,
+    on_conflict: Literal["raise", "first"] = "raise",
+) -> Applied | AppliedEncoderDecoder:
     """Give a model the weight scales and residual factors of a spec, in place.
 
     Every matrix of the blocks that has a role is drawn anew, independent Gaussian with standard deviation
@@ -140,9 +212,9 @@ def write_spec(
     Args:
         model: A torch module with residual blocks, whose weights are neither all zero nor NaN.
         batch: Something the model can be called with: a tensor, or a tuple or dict of tensors.
-        target: A transformer of the same architecture.
+        target: A transformer, or an encoder-decoder, of the same architecture.
         seed: Which draw.
-        blocks: Path of the block container, or the blocks, where they are not found on their own.
+        blocks: Path of the block container, or the blocks, where they are not found on their own; for one stack only.
         on_conflict: What to do when layers that share a weight get different scales: ``"raise"``, or let the
             ``"first"`` layer win.
     Returns:
@@ -154,163 +226,91 @@ def write_spec(
     """
     if on_conflict not in ("raise", "first"):
         raise SpecError(f"on_conflict must be 'raise' or 'first'; got {on_conflict!r}")
+    if isinstance(target, EncoderDecoder) and blocks is not None:
+        raise SpecError("blocks name one stack; the stacks of an EncoderDecoder are found on their own")
     for where, array in array_fields(target):
         raise SpecError(f"a model needs single numbers; {where} is an array of shape {array.shape}")
     check_weights(model)
-    earlier = [(module, hook.residual_factor) for module, hook in multipliers_in(model)]
-    for _, hook in multipliers_in(model):
-        hook.remove()
-    try:
-        stack, width, read = _read(model, batch, blocks)
-        _check_architecture(read, target, width)
-        rows, notes = _weight_rows(model, stack, read, target, on_conflict)
-        residual, more = _residual_rows(model, stack, read, target, on_conflict)
-    except BaseException:
-        for module, factor in earlier:
-            ResidualMultiplier(module, factor)
-        raise
-    _draw(model, rows, seed)
-    multipliers = tuple(ResidualMultiplier(model.get_submodule(row.module), row.factor) for row in residual)
-    return Applied(
-        target=target,
-        blocks=stack.names,
-        rows=tuple(rows),
-        residual=tuple(residual),
-        seed=seed,
-        notes=tuple([*notes, *more]),
-        _multipliers=multipliers,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelInside:
-    """What the blocks of a model compute.
-
-    Attributes:
-        names: Full names of the blocks.
-        spec: The transformer they make, with the scales of their weights.
-        own_factors: Residual factors other than one that the model's code applies, in words.
-    """
-
-    names: tuple[str, ...]
-    spec: Transformer
-    own_factors: tuple[str, ...]
-
-
-def read_model(model: nn.Module, batch: Any, blocks: str | Sequence[nn.Module] | None = None) -> ModelInside:
-    """Read the blocks of a model, one traced call each; the model is left as found.
-
-    Args:
-        model: A torch module with residual blocks.
-        batch: What it can be called with.
-        blocks: Path of the block container, or the blocks, where they are not found on their own.
-    Raises:
-        NotCoveredError: naming the block and what the theory has no map for.
-        ModelError, BatchError: as :func:`write_spec`.
-    """
-    check_weights(model)
-    inserted = [(module, hook.residual_factor) for module, hook in multipliers_in(model)]
-    for _, hook in multipliers_in(model):
-        hook.remove()
-    try:
-        stack, width, read = _read(model, batch, blocks)
-    finally:
-        for module, factor in inserted:
-            ResidualMultiplier(module, factor)
-    tolerance = _tolerance(stack)
-    own = [text for block in read for text in _own_factors(block, tolerance)]
-    return ModelInside(names=stack.names, spec=spec_of([block.parts for block in read], width), own_factors=tuple(own))
-
-
-def _read(
-    model: nn.Module, batch: Any, blocks: str | Sequence[nn.Module] | None
-) -> tuple[Stack, int, list[_ReadBlock]]:
-    """Return the blocks, the width of the stream, and what every block computes.
-
-    Every block is run on the stream in front of the first one: what a deep stack has made of it (overflow, branches
-    lost in rounding) would only hide what the code does.
-    """
     ready = as_batch(batch)
-    with untouched(model):
-        try:
-            if blocks is not None:
-                stack = named_stack(model, blocks)
-            else:
-                stack = find_stacks(model, lambda: ready.call(model))[0]
-            calls, _ = record_calls(model, stack, ready, False, 0)
-        except FathometerError:
-            raise
-        except Exception as error:
-            first_line = (str(error).splitlines() or [""])[0]
-            raise BatchError(
-                f"the model does not run on {ready.label}: {type(error).__name__}: {first_line}"
-            ) from error
-        stream = calls[0].stream
-        if not bool(torch.isfinite(stream).all()):
-            raise ModelError(f"the stream in front of {stack.names[0]!r} is NaN or infinite; check the embedding")
-        read = []
-        for layer, (name, block, call) in enumerate(zip(stack.names, stack.blocks, calls, strict=True)):
-            entered = stream.clone()
-            with torch.no_grad(), tracing(block) as trace:
-                out = call.run(block, entered)
-            try:
-                parts = read_block(name, entered, out.detach(), trace)
-                read.append(_located(name, parts, trace))
-            except (NotCoveredError, SpecError) as error:
-                raise NotCoveredError(f"block {layer}: {error}") from error
-    return stack, int(stream.shape[-1]), read
-
-
-def _located(name: str, parts: tuple[SublayerReading, ...], trace: Trace) -> _ReadBlock:
-    """Return a block's reading together with the module that puts out each branch."""
-    exits, epsilons = [], []
-    for branch, part in zip(split_branches(trace), parts, strict=True):
-        check_order(branch, part.roles)
-        # Behind a norm on the branch, else right at its last matrix: dropout and layer scale commute with a factor.
-        exit_name = branch.exit.name if part.sublayer.output_norm is None else leaving(branch, trace)[3]
-        module = next(call.module for call in trace.calls if call.name == exit_name)
-        if sum(call.module is module for call in trace.calls) != 1:
-            raise NotCoveredError(f"{exit_name!r} runs more than once in a block; no factor can be put behind it")
-        exits.append(f"{name}.{exit_name}")
-        norm = producer_of(branch.source, trace)
-        eps = 0.0 if norm is None else next((getattr(norm.module, n) for n in _EPSILONS if hasattr(norm.module, n)), 0)
-        power = 1.0 if norm is None else float(norm.before.square().mean())
-        epsilons.append(float(eps or 0.0) / power if power else 0.0)
-    return _ReadBlock(parts=parts, exits=tuple(exits), epsilons=tuple(epsilons))
-
-
-def _check_architecture(read: list[_ReadBlock], target: Transformer, width: int) -> None:
-    """Refuse a target that describes another network than the model's code computes."""
-    if target.d_model != width or target.n_layers != len(read):
-        raise SpecError(
-            f"the model has {len(read)} blocks of width {width}; the spec {target.n_layers} of width {target.d_model}"
+    with without_multipliers(model):
+        if isinstance(target, EncoderDecoder):
+            pair = expect_pair(read_pair(model, ready))
+            _check_memory_norm(pair.memory_norm, target.memory_norm)
+            work = [(pair.encoder, target.encoder), (pair.decoder, target.decoder)]
+        else:
+            work = [(read_stack(model, ready, blocks), target)]
+        for read, wanted in work:
+            _check_architecture(read, wanted)
+        weights = [_weight_rows(model, read, wanted) for read, wanted in work]
+        kept = _without_conflicts(model, [row for rows, _ in weights for row in rows], on_conflict)
+        shared: dict[int, ResidualRow] = {}
+        residuals = [_residual_rows(model, read, wanted, on_conflict, shared) for read, wanted in work]
+    remove_multipliers(model)
+    _draw(model, kept, seed)
+    drawn = set(map(id, kept))
+    done = [
+        Applied(
+            target=wanted,
+            blocks=read.stack.names,
+            rows=tuple(row for row in rows if id(row) in drawn),
+            residual=tuple(residual),
+            seed=seed,
+            notes=(*notes, *more),
+            _multipliers=tuple(ResidualMultiplier(model.get_submodule(row.module), row.factor) for row in residual),
         )
-    for layer, (block, wanted) in enumerate(zip(read, target.layers(), strict=True)):
+        for (read, wanted), (rows, notes), (residual, more) in zip(work, weights, residuals, strict=True)
+    ]
+    if isinstance(target, EncoderDecoder):
+        return AppliedEncoderDecoder(target=target, encoder=done[0], decoder=done[1])
+    return done[0]
+
+
+def _check_memory_norm(mine: Norm | None, theirs: Norm | None) -> None:
+    """Refuse another kind of norm behind the encoder than the model has."""
+    if type(mine) is not type(theirs):
+        raise SpecError(
+            f"the model has memory_norm {type(mine).__name__!r} behind its encoder, the spec {type(theirs).__name__!r}"
+        )
+
+
+def _check_architecture(read: ReadStack, target: Transformer) -> None:
+    """Refuse a target that describes another network than the model's code computes."""
+    label, width = read.label, read.d_model
+    if target.d_model != width or target.n_layers != len(read.blocks):
+        raise SpecError(
+            f"the model has {len(read.blocks)} {label}s of width {width}; the spec {target.n_layers} of width "
+            f"{target.d_model}"
+        )
+    for layer, (block, wanted) in enumerate(zip(read.blocks, target.layers(), strict=True)):
         if len(block.parts) != len(wanted.sublayers):
             raise SpecError(
-                f"block {layer} has {len(block.parts)} sublayers in the model, {len(wanted.sublayers)} in the spec"
+                f"{label} {layer} has {len(block.parts)} sublayers in the model, {len(wanted.sublayers)} in the spec"
             )
         for j, (part, sublayer) in enumerate(zip(block.parts, wanted.sublayers, strict=True)):
-            mine, theirs = _fixed(part.sublayer), _fixed(sublayer)
+            mine, theirs = _fixed(part.sublayer, width), _fixed(sublayer, width)
             for key in mine:
                 if key not in theirs or not _same(mine[key], theirs[key]):
                     raise SpecError(
-                        f"block {layer}, sublayer {j}: the model has {key} {mine[key]!r}, "
+                        f"{label} {layer}, sublayer {j}: the model has {key} {mine[key]!r}, "
                         f"the spec {theirs.get(key, 'none')!r}"
                     )
 
 
-def _fixed(sublayer: Sublayer) -> dict[str, Any]:
-    """Return what the code of a sublayer fixes, so that no weight can change it."""
+def _fixed(sublayer: Sublayer, width: int) -> dict[str, Any]:
+    """Return what the code of a sublayer fixes, so that no weight can change it; ``width`` is that of the stream."""
     out: dict[str, Any] = {
         "branch": type(sublayer.branch).__name__,
         **{slot: type(getattr(sublayer, slot)).__name__ for slot in ("input_norm", "output_norm", "stream_norm")},
     }
     branch = sublayer.branch
-    if isinstance(branch, SelfAttention):
-        out |= {key: getattr(branch, key) for key in ("n_heads", "causal", "qk_norm", "score_multiplier")}
+    if isinstance(branch, (SelfAttention, CrossAttention)):
+        out |= {key: getattr(branch, key) for key in ("n_heads", "score_multiplier")}
         out["n_kv_heads"] = branch.n_kv_heads or branch.n_heads
-    elif not isinstance(branch, CrossAttention):
+    if isinstance(branch, SelfAttention):
+        out |= {key: getattr(branch, key) for key in ("causal", "qk_norm")}
+    elif isinstance(branch, CrossAttention):
+        out["d_memory"] = memory_width(branch, width)
+    else:
         out |= {"activation": branch.activation, "ratio": branch.ratio}
     return out
 
@@ -322,14 +322,12 @@ def _same(mine: Any, theirs: Any) -> bool:
     return bool(mine == theirs)
 
 
-def _weight_rows(
-    model: nn.Module, stack: Stack, read: list[_ReadBlock], target: Transformer, on_conflict: str
-) -> tuple[list[WeightRow], list[str]]:
+def _weight_rows(model: nn.Module, read: ReadStack, target: Transformer) -> tuple[list[WeightRow], list[str]]:
     """Return what to draw, and notes on what is left alone."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     rows: list[WeightRow] = []
     gains = False
-    for layer, (block, wanted) in enumerate(zip(read, target.layers(), strict=True)):
+    for layer, (block, wanted) in enumerate(zip(read.blocks, target.layers(), strict=True)):
         for part, sublayer in zip(block.parts, wanted.sublayers, strict=True):
             for role, where in part.roles.items():
                 fan_in = parameters[where.parameter].shape[1 - where.axis]
@@ -352,21 +350,22 @@ def _weight_rows(
     drawn = {row.parameter for row in rows}
     rest = [
         f"{name}.{suffix}"
-        for name, module in zip(stack.names, stack.blocks, strict=True)
+        for name, module in zip(read.stack.names, read.stack.blocks, strict=True)
         for suffix, parameter in module.named_parameters()
         if parameter.ndim >= 2 and f"{name}.{suffix}" not in drawn
     ]
     if rest:
         notes.append(f"matrices in the blocks that have no role in the spec are left as they are: {', '.join(rest)}")
-    return _without_conflicts(rows, parameters, on_conflict), notes
+    return rows, notes
 
 
-def _without_conflicts(rows: list[WeightRow], parameters: Mapping[str, Tensor], on_conflict: str) -> list[WeightRow]:
+def _without_conflicts(model: nn.Module, rows: list[WeightRow], on_conflict: str) -> list[WeightRow]:
     """Return the rows with each stored weight drawn once.
 
     Raises:
         SpecError: naming two names of one weight that get different scales.
     """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     kept: list[WeightRow] = []
     by_storage: dict[int, list[WeightRow]] = {}
     for row in rows:
@@ -384,21 +383,19 @@ def _without_conflicts(rows: list[WeightRow], parameters: Mapping[str, Tensor], 
 
 
 def _residual_rows(
-    model: nn.Module, stack: Stack, read: list[_ReadBlock], target: Transformer, on_conflict: str
+    model: nn.Module, read: ReadStack, target: Transformer, on_conflict: str, by_module: dict[int, ResidualRow]
 ) -> tuple[list[ResidualRow], list[str]]:
-    """Return which module outputs to multiply by what, and notes."""
+    """Return which module outputs to multiply by what, and notes; ``by_module`` holds every module's first row."""
     rows: list[ResidualRow] = []
-    own_factors: list[str] = []
     deviation = 0.0
-    by_module: dict[int, ResidualRow] = {}
-    tolerance = _tolerance(stack)
-    for layer, (block, wanted) in enumerate(zip(read, target.layers(), strict=True)):
+    tolerance = read.tolerance
+    for layer, (block, wanted) in enumerate(zip(read.blocks, target.layers(), strict=True)):
         own = tuple(part.sublayer for part in block.parts)
         try:
             branches, sizes = insertable_factors(own, wanted.sublayers, tolerance=tolerance)
         except NotCoveredError as error:
-            raise NotCoveredError(f"block {layer}: {error.reason}") from None
-        places = [*zip(block.exits, branches, strict=True), (stack.names[layer], sizes[-1])]
+            raise NotCoveredError(f"{read.label} {layer}: {error.reason}") from None
+        places = [*zip(block.exits, branches, strict=True), (read.stack.names[layer], sizes[-1])]
         for module, factor in places:
             row = ResidualRow(layer=layer, module=module, factor=factor)
             first = by_module.setdefault(id(model.get_submodule(module)), row)
@@ -413,8 +410,8 @@ def _residual_rows(
         deviation = max(
             [deviation, *(0.5 * eps * abs(1 - g * g) for eps, g in zip(block.epsilons, sizes[:-1], strict=True))]
         )
-        own_factors += _own_factors(block, tolerance)
     notes = []
+    own_factors = read.own_factors()
     if own_factors:
         rest = f" and {len(own_factors) - 1} more" if len(own_factors) > 1 else ""
         notes.append(f"the model's own residual factors are divided out: {own_factors[0]}{rest}")
@@ -424,20 +421,6 @@ def _residual_rows(
             "where the skip factor is carried by the block's output"
         )
     return rows, notes
-
-
-def _tolerance(stack: Stack) -> float:
-    """Return the relative error of residual factors read off tensors."""
-    return max(1e-5, *(4 * torch.finfo(parameter.dtype).eps for parameter in stack.blocks[0].parameters()))
-
-
-def _own_factors(block: _ReadBlock, tolerance: float) -> list[str]:
-    """Describe the residual factors other than one that the code of a block applies."""
-    return [
-        f"{float(s.skip_scale):g} on the skip and {float(s.branch_scale):g} on the branch of {exit_name!r}"
-        for s, exit_name in zip((part.sublayer for part in block.parts), block.exits, strict=True)
-        if any(abs(float(factor) - 1) > tolerance for factor in (s.skip_scale, s.branch_scale))
-    ]
 
 
 def _draw(model: nn.Module, rows: list[WeightRow], seed: int) -> None:

@@ -7,36 +7,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import nn
 
-from fathometer.application.initialize import Applied, read_model, write_spec
+from fathometer.application.ends import EndDrawn, Ends, draw_ends, plan_ends
+from fathometer.application.initialize import Applied, AppliedEncoderDecoder, write_spec
 from fathometer.application.initialize_widths import WidthsApplied, initialize_widths
-from fathometer.application.multipliers import ResidualMultiplier, modules_sharing
-from fathometer.errors import NotCoveredError, SpecError, nearest
-from fathometer.measurement.batches import Batch, as_batch, default_batch
-from fathometer.measurement.sounding import record_calls
-from fathometer.measurement.statistics import gram_matrix
-from fathometer.measurement.untouched import untouched
-from fathometer.models.finding import find_stacks, named_stack
-from fathometer.models.roles import ModelRoles, ParameterRole, read_roles
-from fathometer.models.seeding import named_generator
+from fathometer.application.inside import EncoderDecoderInside, ModelInside, read_model
+from fathometer.application.multipliers import ResidualMultiplier
+from fathometer.errors import SpecError, nearest
+from fathometer.measurement.batches import as_batch, default_batch
+from fathometer.models.roles import read_roles
 from fathometer.prescription import SCHEMES, SchemePlan, apply_scheme, scheme_options
-from fathometer.prescription.plans import EndRow
-from fathometer.prescription.unit_ends import unit_head, unit_stem
+from fathometer.prescription.plans import EncoderDecoderPlan
 from fathometer.prescription.width_scaling import SCALINGS
 from fathometer.spec import (
+    CrossAttention,
     Derf,
     DyT,
-    Head,
+    EncoderDecoder,
     LayerNorm,
-    PatchStem,
+    Norm,
     RMSNorm,
     SelfAttention,
-    Stem,
     Sublayer,
-    TokenStem,
     Transformer,
 )
 from fathometer.spec.fields import NORM_SLOTS
@@ -50,28 +44,20 @@ class DoubleScalingWarning(UserWarning):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EndDrawn:
-    """One table or matrix outside the blocks that was drawn, and the formula."""
-
-    parameter: ParameterRole
-    std: float
-    reason: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class Initialized:
     """What :func:`initialize` did to a model.
 
     Attributes:
-        plan: The scheme on this architecture.
-        blocks: What was written into the blocks, see :class:`~fathometer.application.Applied`.
+        plan: The scheme on this architecture, of an encoder-decoder one for each stack.
+        blocks: What was written into the blocks, see :class:`~fathometer.application.Applied`; of an encoder-decoder,
+            what was written into each stack.
         ends: What was drawn outside of them.
         head_multiplier: Module whose output is multiplied, and the factor; ``None`` where there is none.
         notes: What was left alone, and what to know.
     """
 
-    plan: SchemePlan
-    blocks: Applied
+    plan: SchemePlan | EncoderDecoderPlan
+    blocks: Applied | AppliedEncoderDecoder
     ends: tuple[EndDrawn, ...]
     head_multiplier: tuple[str, float] | None
     notes: tuple[str, ...]
@@ -94,24 +80,6 @@ class Initialized:
             self._hook.remove()
 
 
-@dataclass(frozen=True)
-class _Ends:
-    """What is to be drawn outside the blocks, the plan's rows about it, and the multiplier of a tied head."""
-
-    rows: tuple[EndDrawn, ...] = ()
-    stem: tuple[EndRow, ...] = ()
-    head: tuple[EndRow, ...] = ()
-    multiplier: tuple[str, float] | None = None
-
-    def places(self, model: nn.Module) -> list[tuple[EndDrawn, nn.Parameter]]:
-        """Return every row with its parameter."""
-        parameters = dict(model.named_parameters())
-        return [(row, parameters[row.parameter.parameter]) for row in self.rows]
-
-
-_NO_ENDS = _Ends()
-
-
 def initialize(
     model: nn.Module,
     scheme: str,
@@ -128,9 +96,9 @@ def initialize(
     The blocks get the scheme's weight scales and residual factors, as in :func:`fathometer.application.write_spec`.
     DeepScaleLM also draws the stem's tables and maps and the head, and puts a multiplier on the logits of a tied head.
     What the scheme needs to know is read off the model: its architecture, the number of tokens and their cosine at the
-    first block behind the new stem, the second moment of what a patch map is given, and the rate of the blocks' dropout
-    modules if they have one rate. Parameters and ``state_dict`` keys stay as they are, and a call with the same seed
-    gives the same weights.
+    first block behind the new stem (of both stacks of an encoder-decoder), the second moment of what a patch map is
+    given, and the rate of the blocks' dropout modules if they have one rate. Parameters and ``state_dict`` keys stay as
+    they are, and a call with the same seed gives the same weights.
 
     Args:
         model: A torch module with residual blocks.
@@ -166,22 +134,26 @@ def initialize(
     with_ends = scheme in _WITH_ENDS
     roles = read_roles(model, ready.inputs, blocks=blocks, overrides=overrides) if with_ends else None
     notes: list[str] = []
-    ends = _NO_ENDS
+    ends = Ends()
     if roles is not None:
         if "dropout" not in options:
             options["dropout"], note = _dropout_rate([model.get_submodule(name) for name in roles.blocks])
             notes.append(note)
-        ends = _ends(model, ready, roles, options["dropout"], notes)
+        ends = plan_ends(model, ready, roles, options["dropout"], notes)
     before = [(row.parameter, row.parameter.of(tensor).detach().clone()) for row, tensor in ends.places(model)]
     try:
-        _draw(model, ends, seed)
+        draw_ends(model, ends, seed)
         read = read_model(model, ready, blocks)
         _warn_of_double_scaling(model, read.own_factors)
-        cosine, n_tokens = _first_tokens(model, ready, blocks)
-        usual = {"r0": max(cosine, 0.0), "n_tokens": n_tokens}
-        wanted = {name: value for name, value in usual.items() if name in scheme_options(scheme)}
-        plan = apply_scheme(_rounded(read.spec), scheme, **(wanted | options))
-        applied = write_spec(model, ready, plan.spec, seed=seed, blocks=blocks, on_conflict=on_conflict)
+        usual = _usual_options(read)
+        accepted = scheme_options(scheme, type(read.spec))
+        wanted = {name: value for name, value in usual.items() if name in accepted}
+        plan: SchemePlan | EncoderDecoderPlan = apply_scheme(_rounded(read.spec), scheme, **(wanted | options))
+        applied: Applied | AppliedEncoderDecoder
+        if isinstance(plan, EncoderDecoderPlan):
+            applied = write_spec(model, ready, plan.spec, seed=seed, on_conflict=on_conflict)
+        else:
+            applied = write_spec(model, ready, plan.spec, seed=seed, blocks=blocks, on_conflict=on_conflict)
     except BaseException:
         parameters = dict(model.named_parameters())
         with torch.no_grad():
@@ -193,10 +165,15 @@ def initialize(
         if ends.multiplier is None
         else ResidualMultiplier(model.get_submodule(ends.multiplier[0]), ends.multiplier[1])
     )
-    if "r0" in wanted and "r0" not in options:
-        notes.append(f"r0 = {wanted['r0']:.4g}, the cosine of {n_tokens} tokens of {ready.label} at the first block")
+    for name, tokens in (("r0", "n_tokens"), ("r0_memory", "n_memory")):
+        if name in wanted and name not in options:
+            where = "the first block" if name == "r0" else "the encoder's first block"
+            notes.append(
+                f"{name} = {wanted[name]:.4g}, the cosine of {wanted[tokens]} tokens of {ready.label} at {where}"
+            )
+    notes += [*_start_notes(read), *_score_notes(read)] if with_ends else []
     return Initialized(
-        plan=replace(plan, stem=ends.stem, head=ends.head),
+        plan=plan if isinstance(plan, EncoderDecoderPlan) else replace(plan, stem=ends.stem, head=ends.head),
         blocks=applied,
         ends=ends.rows,
         head_multiplier=ends.multiplier,
@@ -205,21 +182,63 @@ def initialize(
     )
 
 
-def _rounded(spec: Transformer) -> Transformer:
+def _usual_options(read: ModelInside | EncoderDecoderInside) -> dict[str, Any]:
+    """Return what schemes may ask about the tokens in front of the blocks."""
+    options = {"r0": max(read.tokens.cosine, 0.0), "n_tokens": read.tokens.n_tokens}
+    if isinstance(read, EncoderDecoderInside):
+        memory = read.memory_tokens
+        options |= {"r0_memory": max(memory.cosine, 0.0), "n_memory": memory.n_tokens}
+    return options
+
+
+def _start_notes(read: ModelInside | EncoderDecoderInside) -> list[str]:
+    """Say where the stream does not start at second moment one: code between the stem's tables and the blocks."""
+    stacks = {"the first block": read.tokens}
+    if isinstance(read, EncoderDecoderInside):
+        stacks["the encoder's first block"] = read.memory_tokens
+    return [
+        f"the stream enters {where} with second moment {tokens.q:.3g}, not one: the model's code scales it in front"
+        for where, tokens in stacks.items()
+        if not 0.6 < tokens.q < 1.6
+    ]
+
+
+def _score_notes(read: ModelInside | EncoderDecoderInside) -> list[str]:
+    """Say where the model's code leaves scores undivided, as T5 does: unit queries and keys then attend sharply."""
+    spec = read.spec
+    stacks = (spec.encoder, spec.decoder) if isinstance(spec, EncoderDecoder) else (spec,)
+    branches = [sublayer.branch for stack in stacks for block in stack.blocks for sublayer in block.sublayers]
+    factors = [float(b.score_multiplier) for b in branches if isinstance(b, (SelfAttention, CrossAttention))]
+    top = max(factors, default=1.0)
+    if top < 1.5:
+        return []
+    return [
+        f"the model's code multiplies scores by {top:.3g} beyond 1/sqrt(d_head): queries and keys of scale one make "
+        f"logits of variance about {top**2:.3g}, and attention that sharp amplifies gradients"
+    ]
+
+
+def _rounded(spec: Transformer | EncoderDecoder) -> Any:
     """Return the spec with four digits of what was read off tensors, so that the weights found do not matter."""
+    if isinstance(spec, EncoderDecoder):
+        stacks = {name: _rounded(getattr(spec, name)) for name in ("encoder", "decoder")}
+        return replace(spec, **stacks, memory_norm=_rounded_norm(spec.memory_norm))
 
     def change(sublayer: Sublayer) -> Sublayer:
-        norms: dict[str, Any] = {
-            slot: replace(norm, gain=_four_digits(norm.gain))
-            for slot in NORM_SLOTS
-            if isinstance(norm := getattr(sublayer, slot), (LayerNorm, RMSNorm, DyT, Derf))
-        }
+        norms: dict[str, Any] = {slot: _rounded_norm(getattr(sublayer, slot)) for slot in NORM_SLOTS}
         branch = sublayer.branch
-        if isinstance(branch, SelfAttention):
+        if isinstance(branch, (SelfAttention, CrossAttention)):
             branch = replace(branch, score_multiplier=_four_digits(branch.score_multiplier))
         return replace(sublayer, branch=branch, **norms)
 
     return spec.map_sublayers(change)
+
+
+def _rounded_norm(norm: Norm | None) -> Norm | None:
+    """Return the norm with four digits of its gain."""
+    if isinstance(norm, (LayerNorm, RMSNorm, DyT, Derf)):
+        return replace(norm, gain=_four_digits(norm.gain))
+    return norm
 
 
 def _four_digits(value: Any) -> float:
@@ -242,8 +261,12 @@ def _warn_of_double_scaling(model: nn.Module, own_factors: Sequence[str]) -> Non
 
 
 def _dropout_rate(blocks: Sequence[nn.Module]) -> tuple[float, str]:
-    """Return the rate all dropout modules of the blocks share, zero where they differ, and a note."""
+    """Return the rate all dropout modules of the blocks share, zero where they differ, and a note.
+
+    A number that a block itself holds under the name ``dropout`` counts as a module's.
+    """
     rates = {float(module.p) for block in blocks for module in block.modules() if isinstance(module, nn.Dropout)}
+    rates |= {rate for block in blocks if isinstance(rate := getattr(block, "dropout", None), float)}
     if not rates:
         return 0.0, "the blocks have no dropout modules: dropout = 0"
     if len(rates) == 1:
@@ -253,100 +276,3 @@ def _dropout_rate(blocks: Sequence[nn.Module]) -> tuple[float, str]:
         0.0,
         f"the blocks' dropout modules have the rates {sorted(rates)}; dropout = 0 was planned with, give your own",
     )
-
-
-def _patch_input(model: nn.Module, batch: Any, roles: ModelRoles) -> float:
-    """Return the mean square of what the patch map is applied to."""
-    name = roles.of("patch_embedding")[0].parameter.rpartition(".")[0]
-    seen: list[float] = []
-
-    def watch(module: nn.Module, args: tuple[Any, ...]) -> None:
-        seen.append(float(args[0].detach().double().square().mean()))
-
-    with untouched(model), torch.no_grad():
-        handle = model.get_submodule(name).register_forward_pre_hook(watch)
-        try:
-            batch.call(model)
-        finally:
-            handle.remove()
-    return seen[0]
-
-
-def _stem_of(roles: ModelRoles) -> tuple[Stem, int | None] | None:
-    """Return which tables and maps a model's stem has, and the fan-in of its patch map; ``None`` for no stem."""
-    patches = roles.of("patch_embedding")
-    if patches:
-        positions, classes = bool(roles.of("position_embedding")), bool(roles.of("class_token"))
-        stem = PatchStem(patch=1.0, position=float(positions), class_token=1.0 if classes else None)
-        return stem, patches[0].fan_in
-    if not roles.of("token_embedding"):
-        return None
-    position, segment = (float(bool(roles.of(role))) for role in ("position_embedding", "segment_embedding"))
-    return TokenStem(token=1.0, position=position, segment=segment), None
-
-
-def _ends(model: nn.Module, batch: Batch, roles: ModelRoles, dropout: float, notes: list[str]) -> _Ends:
-    """Return what DeepScaleLM draws outside the blocks; what it leaves alone goes into the notes."""
-    found = _stem_of(roles)
-    rows: list[EndDrawn] = []
-    stem_rows: tuple[EndRow, ...] = ()
-    head_rows: tuple[EndRow, ...] = ()
-    multiplier: tuple[str, float] | None = None
-    stem: Stem = TokenStem(token=1.0)
-    if found is None:
-        notes.append("the model has no stem: its input should have second moment one")
-    else:
-        stem, fan_in = found
-        if isinstance(stem, PatchStem):
-            moment = _patch_input(model, batch, roles)
-            stem, stem_rows = unit_stem(stem, dropout=dropout, input_second_moment=moment, input_fan_in=fan_in)
-        else:
-            stem, stem_rows = unit_stem(stem, dropout=dropout)
-    tied = {row.parameter for row in roles.roles if row.tied}
-    if tied or roles.of("head"):
-        _, head_rows = unit_head(Head(tied=bool(tied)), stem, d_model=roles.d_model)
-    if tied:
-        heads = modules_sharing(model, tied)
-        factor = head_rows[0].multiplier
-        if not heads:
-            raise NotCoveredError(
-                "the head multiplies by the token embedding outside any module of its own; multiply its logits by "
-                f"{factor:.6g} in the model's code"
-            )
-        multiplier = heads[0], factor
-    by_role = {row.role: row for row in (*stem_rows, *(() if tied else head_rows))}
-    for role in roles.roles:
-        if role.layer is not None:
-            continue
-        if role.role in by_role:
-            row = by_role[role.role]
-            assert row.std is not None
-            rows.append(EndDrawn(parameter=role, std=row.std, reason=row.reason))
-        elif role.role == "head_hidden":
-            rows.append(EndDrawn(parameter=role, std=role.fan_in**-0.5, reason="var 1 / fan_in"))
-        elif role.role.endswith("_bias") and role.role.removesuffix("_bias") in (*by_role, "head_hidden"):
-            rows.append(EndDrawn(parameter=role, std=0.0, reason="zero"))
-    left = sorted({role.role for role in roles.roles if role.layer is None} - {row.parameter.role for row in rows})
-    if left:
-        notes.append(f"left as they are outside the blocks: {', '.join(left)}")
-    return _Ends(tuple(rows), stem_rows, head_rows, multiplier)
-
-
-def _draw(model: nn.Module, ends: _Ends, seed: int) -> None:
-    with torch.no_grad():
-        for row, parameter in ends.places(model):
-            view = row.parameter.of(parameter)
-            generator = named_generator(seed, f"written {row.parameter.key}")
-            view.copy_(torch.randn(view.shape, generator=generator, dtype=torch.float32).mul_(row.std))
-
-
-def _first_tokens(model: nn.Module, batch: Batch, blocks: str | Sequence[nn.Module] | None) -> tuple[float, int]:
-    """Return the mean cosine and the number of the tokens at the first block."""
-    with untouched(model):
-        stack = find_stacks(model, lambda: batch.call(model))[0] if blocks is None else named_stack(model, blocks)
-        calls, _ = record_calls(model, stack, batch, False, 0)
-    grams = gram_matrix(calls[0].stream)
-    n = grams.shape[-1]
-    own = np.trace(grams, axis1=-2, axis2=-1)
-    shared = (grams.sum(axis=(-2, -1)) - own) / max(n - 1, 1)
-    return float(shared.mean() / own.mean()), n

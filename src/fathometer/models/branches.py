@@ -67,10 +67,15 @@ def split_branches(trace: Trace) -> list[Branch]:
         if not entries or same_tensor(event.input, entries[-1].input):
             entries.append(event)
         elif memory is None and attention is None and _leads_to_attention(trace, position):
-            if len(entries) > 1:  # keys and values first
+            if len(entries) == 1:
+                memory, entries = event.input, [*entries, event]
+            elif role_letter(event) == "q":  # keys and values first
                 memory, entries = entries[0].input, [event, *entries]
             else:
-                memory, entries = event.input, [*entries, event]
+                raise NotCoveredError(
+                    f"{entries[0].name!r} and {event.name!r} read different tensors, and which of them makes the "
+                    "queries is not known"
+                )
         else:
             branches.append(Branch(entries[0].input, entries, event, attention, inner, memory))
             entries, inner, attention, memory = [], [], None, None
@@ -227,6 +232,12 @@ def _sums_after(branch: Branch, block_output: Tensor, trace: Trace) -> list[Tens
     later = [e.input for e in trace.events[position + 1 :] if isinstance(e, Call) and not is_linear(e)]
     linear = [e.input for e in trace.events[position + 1 :] if isinstance(e, Call) and is_linear(e)]
     return [t for t in (*later, *linear, block_output) if t.numel() == block_output.numel()]
+
+
+def role_letter(call: Call) -> str | None:
+    """Return ``"q"``, ``"k"`` or ``"v"`` where a module's name tells that it makes queries, keys or values."""
+    leaf = call.name.rpartition(".")[2].lower()
+    return next((letter for letter in "qkv" if leaf.startswith(letter) or leaf.endswith(f"_{letter}")), None)
 
 
 def is_linear(call: Call) -> bool:

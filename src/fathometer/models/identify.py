@@ -121,8 +121,8 @@ def fit_residual(target: Tensor, stream: Tensor, branch: Tensor) -> ResidualFit 
 
 
 def rms(x: Tensor) -> float:
-    """Return the root mean square of all entries."""
-    return float(x.detach().double().square().mean().sqrt())
+    """Return the root mean square of all entries, summed in double precision."""
+    return float(torch.linalg.vector_norm(x.detach(), dtype=torch.float64)) / math.sqrt(x.numel())
 
 
 def _snapped(value: float) -> float:

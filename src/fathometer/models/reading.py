@@ -60,13 +60,17 @@ class ModelReading:
     layers: tuple[tuple[SublayerReading, ...], ...]
 
 
-def read_block(name: str, block_input: Tensor, block_output: Tensor, trace: Trace) -> tuple[SublayerReading, ...]:
+def read_block(
+    name: str, block_input: Tensor, block_output: Tensor, trace: Trace, *, memory: Tensor | None = None
+) -> tuple[SublayerReading, ...]:
     """Read the sublayers of one traced block.
 
     Args:
         name: The block's name in the model, the prefix of all parameter names.
         block_input, block_output: The stream before and after.
         trace: What happened inside.
+        memory: What cross attention may read: the encoder's tokens in the same call. Without it any other sequence is
+            refused.
     Raises:
         NotCoveredError: naming what the theory has no map for.
     """
@@ -76,6 +80,12 @@ def read_block(name: str, block_input: Tensor, block_output: Tensor, trace: Trac
     branches = split_branches(trace)
     if len(branches) > 1 and len({_origin(branch, trace) for branch in branches}) == 1:
         raise NotCoveredError("branches read the same stream tensor in parallel")
+    for branch in branches:
+        if branch.memory is not None and (memory is None or not same_tensor(branch.memory, memory)):
+            raise NotCoveredError(
+                f"{branch.exit.name!r} reads another sequence: cross-attention is read only together with the encoder "
+                "it attends to"
+            )
     readings: list[SublayerReading] = []
     streams = [block_input]
     for index, branch in enumerate(branches):

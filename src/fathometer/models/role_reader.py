@@ -15,9 +15,9 @@ from fathometer.models.finding import Stack
 from fathometer.models.identify import identify_norm
 from fathometer.models.parameter_role import MATRIX_ROLES, PARAMETER_ROLES, TABLE_ROLES, ModelRoles, ParameterRole
 from fathometer.models.parameter_uses import ForwardRecord, Use, tensors_in
-from fathometer.models.trace import AttentionCall, Call, Trace, same_tensor
-from fathometer.models.weights import WeightSlice, read_attention, read_mlp
-from fathometer.spec import SelfAttention
+from fathometer.models.trace import AttentionCall, Trace, same_tensor
+from fathometer.models.weights import WeightSlice, read_attention, read_mlp, whole_weight
+from fathometer.spec import CrossAttention, SelfAttention
 
 
 class RoleReader:
@@ -31,6 +31,7 @@ class RoleReader:
         first = {id(parameter): name for name, parameter in self.parameters.items()}
         self.canonical = {name: first[id(parameter)] for name, parameter in every.items()}
         self.blocks = [name for stack in stacks for name in stack.names]
+        self.firsts = [self.blocks.index(stack.names[0]) for stack in stacks]
         self.record, self.batch, self.settled = record, batch, settled
         if len(set(record.widths)) > 1:
             raise NotCoveredError(f"the width of the stream changes from {record.widths[0]} to {record.widths[-1]}")
@@ -105,7 +106,7 @@ class RoleReader:
         else:
             self.exits.append(f"{name}.{branch.exit.name if norm is None else last}")
 
-    def _note_heads(self, body: SelfAttention) -> None:
+    def _note_heads(self, body: SelfAttention | CrossAttention) -> None:
         heads = (body.n_heads, body.n_kv_heads or body.n_heads)
         if self.n_heads is not None and heads != (self.n_heads, self.n_kv_heads):
             # Only divisibility is asked of heads later: a number that divides all of them serves every layer.
@@ -263,7 +264,8 @@ class RoleReader:
         """Tell tokens, positions and segments apart by the numbers that are looked up.
 
         Positions count up by one along each sample. Of the other tables, the one that is fed a tensor of the batch
-        holds the tokens (the largest, where several are); the rest tell segments apart.
+        holds the tokens (the largest, where several are); the rest tell segments apart. A source and a target may have
+        tables of their own: this is decided for each stack.
         """
         given = [t for t in tensors_in(getattr(self.batch, "inputs", self.batch)) if not t.is_floating_point()]
         tables: dict[str, list[Tensor]] = {}
@@ -278,8 +280,21 @@ class RoleReader:
             if len(fed) > 1 and all(map(_counts_up, tables[name])):
                 out[name] = "position_embedding"
         rest = [name for name in tables if name not in out]
-        best = max(rest, key=lambda name: (name in fed, len(self.parameters[name])), default=None)
-        return out | {name: "token_embedding" if name == best else "segment_embedding" for name in rest}
+        best = {
+            max(group, key=lambda name: (name in fed, len(self.parameters[name]))) for group in self._by_stack(rest)
+        }
+        return out | {name: "token_embedding" if name in best else "segment_embedding" for name in rest}
+
+    def _by_stack(self, tables: list[str]) -> list[list[str]]:
+        """Group tables by the stack whose first stream their rows are a part of, told by the correlation with it."""
+        streams = [self.record.blocks[first].calls[0].input for first in self.firsts]
+        groups: dict[int, list[str]] = {}
+        for name in tables:
+            for use in self.uses[name]:
+                fits = [_cosine(use.output, stream) for stream in streams]
+                group = groups.setdefault(fits.index(max(fits)), [])
+                group += [] if name in group else [name]
+        return list(groups.values())
 
     def _whole(self, name: str, role: str, uses: Sequence[Use]) -> ParameterRole:
         """Return the row of a parameter that has one role throughout."""
@@ -308,15 +323,16 @@ def _mlp_parts(name: str, branch: Branch) -> dict[str, WeightSlice]:
         (first, *more), last = branch.entries, branch.exit
         if more or first.output.shape[-1] != last.input.shape[-1]:
             raise
-        return {"mlp_in": _whole_weight(name, first), "mlp_out": _whole_weight(name, last)}
+        return {"mlp_in": whole_weight(name, first), "mlp_out": whole_weight(name, last)}
 
 
-def _whole_weight(name: str, call: Call) -> WeightSlice:
-    weight = call.module.weight
-    assert isinstance(weight, Tensor)
-    size = call.output.shape[-1]
-    axis = 0 if tuple(weight.shape) == (size, call.input.shape[-1]) else 1
-    return WeightSlice(parameter=f"{name}.{call.name}.weight", axis=axis, start=0, stop=size, size=size)
+def _cosine(a: Tensor, b: Tensor) -> float:
+    """Return the size of the correlation of two tensors' entries, -1 where their numbers differ."""
+    if a.numel() != b.numel():
+        return -1.0
+    x, y = (t.detach().double().flatten() for t in (a, b))
+    x, y = x - x.mean(), y - y.mean()
+    return float((x @ y).abs() / (x.norm() * y.norm()).clamp_min(1e-300))
 
 
 def _counts_up(ids: Tensor) -> bool:

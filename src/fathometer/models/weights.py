@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fathometer.errors import NotCoveredError
-from fathometer.models.branches import Branch
+from fathometer.models.branches import Branch, role_letter
 from fathometer.models.identify import identify_activation, identify_gated, identify_norm, rms
 from fathometer.models.trace import AttentionCall, Call, centred_rms
-from fathometer.spec import MLP, GatedMLP, SelfAttention
+from fathometer.spec import MLP, CrossAttention, GatedMLP, SelfAttention
 
 #: Share of a variance that may be left out of the theory.
 _NEGLECTED = 0.05
@@ -43,45 +43,39 @@ class WeightSlice:
         return tensor.narrow(self.axis, self.start, self.stop - self.start)
 
 
-def read_attention(name: str, branch: Branch) -> tuple[SelfAttention, dict[str, WeightSlice]]:
+def read_attention(name: str, branch: Branch) -> tuple[SelfAttention | CrossAttention, dict[str, WeightSlice]]:
     """Return the attention a branch computes and where its weights live.
 
     Args:
         name: The block's name, the prefix of parameter names.
         branch: A branch with an attention operation.
     Raises:
-        NotCoveredError: for projections that cannot be split, or masks neither full nor causal.
+        NotCoveredError: for projections that cannot be split, or masks neither full nor causal; of a memory, for any
+            mask and for normalised queries and keys.
     """
     call = branch.attention
     assert call is not None
     exit_call = branch.exit
-    if call.crossed:
-        raise NotCoveredError(f"{exit_call.name!r} reads another sequence: cross-attention")
+    if call.crossed and branch.memory is None:
+        raise NotCoveredError(f"the keys and values of {exit_call.name!r} are made of different tensors")
     if call.bias_share > _NEGLECTED:
         raise NotCoveredError(
             f"an additive attention bias that depends on the key makes {call.bias_share:.0%} of the score variance"
         )
     if isinstance(exit_call.module, nn.MultiheadAttention):
         return _read_multihead(name, exit_call, call)
-    tokens = branch.source.numel() // branch.source.shape[-1]
-    if call.n_keys not in (branch.source.shape[0], branch.source.shape[-2]) and call.n_keys != tokens // len(
-        branch.source
-    ):
+    seen = branch.source if branch.memory is None else branch.memory
+    tokens = seen.numel() // seen.shape[-1]
+    if call.n_keys not in (seen.shape[0], seen.shape[-2]) and call.n_keys != tokens // len(seen):
         raise NotCoveredError(f"attention sees {call.n_keys} keys, not all tokens (windows, or another sequence)")
     n_heads = call.n_heads
     width = exit_call.input.shape[-1]
     d_head = width // n_heads
     slices, tensors = _attention_slices(name, branch, width, d_head)
-    scales = {role: _scale(slices[role], tensors[role], branch.source.shape[-1]) for role in ("query", "key", "value")}
-    axis = _out_axis(exit_call)
+    fan_in = {"query": branch.source.shape[-1], "key": seen.shape[-1], "value": seen.shape[-1]}
+    scales = {role: _scale(slices[role], tensors[role], n) for role, n in fan_in.items()}
     weight = _weight(exit_call)
-    slices["output"] = WeightSlice(
-        parameter=f"{name}.{exit_call.name}.weight",
-        axis=axis,
-        start=0,
-        stop=weight.shape[axis],
-        size=weight.shape[axis],
-    )
+    slices["output"] = whole_weight(name, exit_call)
     scales["output"] = rms(weight) * math.sqrt(width)
     value = next(
         entry for entry in reversed(branch.entries) if slices["value"].parameter.startswith(f"{name}.{entry.name}.")
@@ -92,25 +86,25 @@ def read_attention(name: str, branch: Branch) -> tuple[SelfAttention, dict[str, 
         entry = next(e for e in branch.entries if slices[role].parameter.endswith(f".{e.name}.weight"))
         _refuse_large_bias(entry, slices[role], outputs[role])
     qk_norm, multiplier = _score_scale(branch, call, outputs, d_head)
-    return (
-        SelfAttention(
-            query=scales["query"],
-            key=scales["key"],
-            value=scales["value"],
-            output=scales["output"],
-            value_bias=_bias_rms(value, slices["value"]),
-            output_bias=_bias_rms(exit_call, None),
-            n_heads=n_heads,
-            n_kv_heads=max(kv_width // d_head, 1),
-            causal=_is_causal(call),
-            score_multiplier=multiplier,
-            qk_norm=qk_norm,
-        ),
-        slices,
-    )
+    common: dict[str, Any] = {
+        **scales,
+        "value_bias": _bias_rms(value, slices["value"]),
+        "output_bias": _bias_rms(exit_call, None),
+        "n_heads": n_heads,
+        "n_kv_heads": max(kv_width // d_head, 1),
+        "score_multiplier": multiplier,
+    }
+    if branch.memory is None:
+        return SelfAttention(**common, causal=_is_causal(call), qk_norm=qk_norm), slices
+    if qk_norm:
+        raise NotCoveredError(f"{exit_call.name!r}: cross-attention with normalised queries and keys")
+    _refuse_mask(call)
+    return CrossAttention(**common, d_memory=_other_width(branch)), slices
 
 
-def _read_multihead(name: str, event: Call, call: AttentionCall) -> tuple[SelfAttention, dict[str, WeightSlice]]:
+def _read_multihead(
+    name: str, event: Call, call: AttentionCall
+) -> tuple[SelfAttention | CrossAttention, dict[str, WeightSlice]]:
     module = event.module
     assert isinstance(module, nn.MultiheadAttention)
     prefix, d = f"{name}.{event.name}", module.embed_dim
@@ -120,45 +114,45 @@ def _read_multihead(name: str, event: Call, call: AttentionCall) -> tuple[SelfAt
         role: WeightSlice(parameter=f"{prefix}.in_proj_weight", axis=0, start=i * d, stop=(i + 1) * d, size=3 * d)
         for i, role in enumerate(("query", "key", "value"))
     }
-    scales = {role: rms(s.of(module.in_proj_weight)) * math.sqrt(d) for role, s in slices.items()}
+    common: dict[str, Any] = {role: rms(s.of(module.in_proj_weight)) * math.sqrt(d) for role, s in slices.items()}
     slices["output"] = WeightSlice(parameter=f"{prefix}.out_proj.weight", axis=0, start=0, stop=d, size=d)
     bias = module.in_proj_bias
-    return (
-        SelfAttention(
-            query=scales["query"],
-            key=scales["key"],
-            value=scales["value"],
-            output=rms(module.out_proj.weight) * math.sqrt(d),
-            value_bias=0.0 if bias is None else rms(bias[2 * d :]),
-            output_bias=0.0 if module.out_proj.bias is None else rms(module.out_proj.bias),
-            n_heads=module.num_heads,
-            n_kv_heads=module.num_heads,
-            causal=_is_causal(call),
-        ),
-        slices,
-    )
+    common |= {
+        "output": rms(module.out_proj.weight) * math.sqrt(d),
+        "value_bias": 0.0 if bias is None else rms(bias[2 * d :]),
+        "output_bias": 0.0 if module.out_proj.bias is None else rms(module.out_proj.bias),
+        "n_heads": module.num_heads,
+        "n_kv_heads": module.num_heads,
+    }
+    if not call.crossed:
+        return SelfAttention(**common, causal=_is_causal(call)), slices
+    _refuse_mask(call)
+    return CrossAttention(**common), slices
 
 
 def _attention_slices(
     name: str, branch: Branch, width: int, d_head: int
 ) -> tuple[dict[str, WeightSlice], dict[str, Tensor]]:
-    """Assign query, key and value to the entry linears: three of them in call order, or one fused in that order."""
+    """Assign query, key and value to the entry linears: three of them in call order, or one fused in that order.
+
+    Of a memory, keys and values may be fused beside the queries.
+    """
     entries = branch.entries
+    if branch.memory is not None and len(entries) == 2:
+        query, fused = entries
+        total = _weight(fused).shape[_out_axis(fused)]
+        bounds = {"key": (0, total // 2), "value": (total // 2, total)}
+        slices = {"query": whole_weight(name, query)}
+        slices |= {role: replace(whole_weight(name, fused), start=a, stop=b) for role, (a, b) in bounds.items()}
+        return slices, {"query": _weight(query), "key": _weight(fused), "value": _weight(fused)}
     if len(entries) == 3:
         ordered = _by_name(entries)
-        slices = {}
-        tensors = {}
-        for role, entry in zip(("query", "key", "value"), ordered, strict=True):
-            axis, weight = _out_axis(entry), _weight(entry)
-            slices[role] = WeightSlice(
-                parameter=f"{name}.{entry.name}.weight",
-                axis=axis,
-                start=0,
-                stop=weight.shape[axis],
-                size=weight.shape[axis],
-            )
-            tensors[role] = weight
-        return slices, tensors
+        if branch.memory is not None and ordered[0] is not entries[0]:
+            raise NotCoveredError(f"{ordered[0].name!r} makes queries of the tensor that keys or values are made of")
+        by_role = dict(zip(("query", "key", "value"), ordered, strict=True))
+        return {role: whole_weight(name, entry) for role, entry in by_role.items()}, {
+            role: _weight(entry) for role, entry in by_role.items()
+        }
     if len(entries) == 1:
         entry = entries[0]
         axis, weight = _out_axis(entry), _weight(entry)
@@ -186,10 +180,11 @@ def check_order(branch: Branch, roles: dict[str, WeightSlice]) -> None:
         NotCoveredError: for another order, such as query, key and value head by head.
     """
     call = branch.attention
-    if call is None or len(branch.entries) != 1 or isinstance(branch.exit.module, nn.MultiheadAttention):
+    if call is None or isinstance(branch.exit.module, nn.MultiheadAttention):
         return
     for role, given in (("query", call.queries), ("key", call.keys)):
-        if given is None or _even(given.double().reshape(-1, given.shape[-1])):
+        fused = roles[role].stop - roles[role].start < roles[role].size
+        if not fused or given is None or _even(given.double().reshape(-1, given.shape[-1])):
             continue
         made = _projected(branch, roles[role])
         if given.shape[1] * given.shape[-1] != made.shape[-1]:
@@ -198,19 +193,14 @@ def check_order(branch: Branch, roles: dict[str, WeightSlice]) -> None:
         ratio = seen / made.reshape(-1, given.shape[-1]).norm(dim=-1).clamp_min(1e-300)
         if float(ratio.std()) > 2e-2 * float(ratio.mean()):
             raise NotCoveredError(
-                f"{branch.entries[0].name!r} does not put out all queries, then all keys, then all values: "
+                f"{branch.entries[-1].name!r} does not put out all queries, then all keys, then all values: "
                 "what to write where is not known"
             )
 
 
 def _by_name(entries: list[Call]) -> list[Call]:
     """Return query, key, value in that order: by their first letter when it tells, else in call order."""
-    found = {}
-    for entry in entries:
-        leaf = entry.name.rpartition(".")[2].lower()
-        for letter in "qkv":
-            if leaf.startswith(letter) or leaf.endswith(f"_{letter}"):
-                found[letter] = entry
+    found = {letter: entry for entry in entries if (letter := role_letter(entry)) is not None}
     return [found[letter] for letter in "qkv"] if len(found) == 3 else entries
 
 
@@ -281,17 +271,8 @@ def read_mlp(name: str, branch: Branch) -> tuple[MLP | GatedMLP, dict[str, Weigh
     exit_call, entries = branch.exit, branch.entries
     d_in, hidden = branch.source.shape[-1], exit_call.input.shape[-1]
     after = exit_call.before
-    out_axis, out_weight = _out_axis(exit_call), _weight(exit_call)
-    roles = {
-        "mlp_out": WeightSlice(
-            parameter=f"{name}.{exit_call.name}.weight",
-            axis=out_axis,
-            start=0,
-            stop=out_weight.shape[out_axis],
-            size=out_weight.shape[out_axis],
-        )
-    }
-    mlp_out = rms(out_weight) * math.sqrt(hidden)
+    roles = {"mlp_out": whole_weight(name, exit_call)}
+    mlp_out = rms(_weight(exit_call)) * math.sqrt(hidden)
     ratio = hidden / d_in
     slices = []
     for entry in entries:
@@ -356,6 +337,26 @@ def _is_causal(call: AttentionCall) -> bool:
     if n_queries == n_keys and bool((hidden == future).all()):
         return True
     raise NotCoveredError("an attention mask that is neither full nor causal (padding, windows or blocks)")
+
+
+def _refuse_mask(call: AttentionCall) -> None:
+    """Refuse cross attention in which a query does not see the whole memory."""
+    if bool(torch.isneginf(call.scores()).any()):
+        raise NotCoveredError("cross-attention that hides a part of the memory (padding)")
+
+
+def _other_width(branch: Branch) -> int | None:
+    """Return the width of the memory where it differs from that of the stream."""
+    assert branch.memory is not None
+    width = int(branch.memory.shape[-1])
+    return None if width == branch.source.shape[-1] else width
+
+
+def whole_weight(name: str, call: Call) -> WeightSlice:
+    """Return the slice that is all of a linear map's weight."""
+    axis = _out_axis(call)
+    size = _weight(call).shape[axis]
+    return WeightSlice(parameter=f"{name}.{call.name}.weight", axis=axis, start=0, stop=size, size=size)
 
 
 def _weight(call: Call) -> Tensor:
