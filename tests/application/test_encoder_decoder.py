@@ -207,11 +207,12 @@ def test_tokens_of_both_stacks_are_measured() -> None:
 def test_the_head_of_t5_is_scaled_once() -> None:
     model = t5()
     done = fm.initialize(model, "deepscalelm", named())
-    assert done.head_multiplier is None  # its code divides by sqrt(d_model)
+    assert done.head_multipliers == ()  # its code divides by sqrt(d_model)
     assert any("own factor of 0.08839 between its last norm and its head is divided out" in n for n in done.notes)
-    assert any("multiplies scores by 5.66 beyond 1/sqrt(d_head)" in n and "variance about 32" in n for n in done.notes)
+    queries = [sublayer.branch.query for sublayer in done.plan.spec.decoder.blocks[0].sublayers[:2]]
+    assert queries == pytest.approx([32**-0.25] * 2, rel=1e-3)  # its code does not divide scores by sqrt(d_head)
     done = fm.initialize(t5(scale_decoder_outputs=False), "deepscalelm", named())
-    assert done.head_multiplier == ("lm_head", pytest.approx(D**-0.5))
+    assert done.head_multipliers == (("lm_head", pytest.approx(D**-0.5)),)
 
 
 def test_speech_into_text() -> None:
@@ -223,7 +224,7 @@ def test_speech_into_text() -> None:
     done = fm.initialize(tr.WhisperForConditionalGeneration(config), "deepscalelm", batch)
     stds = {row.parameter.role: row.std for row in done.ends if row.std}
     assert stds["token_embedding"] == pytest.approx(0.5**0.5) and "patch_embedding" in stds
-    assert done.head_multiplier == ("proj_out", pytest.approx((2 / D) ** 0.5))
+    assert done.head_multipliers == (("proj_out", pytest.approx((2 / D) ** 0.5)),)
 
 
 def test_dropout_that_blocks_hold_as_a_number() -> None:

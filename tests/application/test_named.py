@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import fathometer as fm
 from fathometer.application import DoubleScalingWarning, emit, insert_multipliers, multiplier_table
+from fathometer.application.inside import read_model
 from fathometer.cli.app import app
 from fathometer.errors import BatchError, DomainError, ModelError, NotCoveredError, SpecError
 from fathometer.measurement.batches import default_batch
@@ -116,7 +117,7 @@ def test_other_schemes_leave_the_ends_alone() -> None:
     before = model.transformer.wte.weight.detach().clone()
     done = fm.initialize(model, "gpt2", std=0.03)
     torch.testing.assert_close(model.transformer.wte.weight.detach(), before, rtol=0, atol=0)
-    assert done.ends == () and done.head_multiplier is None
+    assert done.ends == () and done.head_multipliers == ()
     assert float(model.transformer.h[0].attn.c_attn.weight.detach().std()) == pytest.approx(0.03, rel=0.02)
 
 
@@ -167,6 +168,58 @@ def test_queries_keys_and_values_head_by_head_are_refused() -> None:
         **SMALL, intermediate_size=344, vocab_size=256, pad_token_id=0, eos_token_id=0, bos_token_id=0
     )
     fm.initialize(tr.Phi3Model(config), "deepscalelm")
+
+
+def test_reading_a_model_leaves_its_multipliers_removable() -> None:
+    model, batch = gpt2(), {"input_ids": torch.randint(256, (2, 32))}
+    done = fm.initialize(model, "deepscalelm", batch)
+    table = multiplier_table(model)
+    read_model(model, batch)
+    with pytest.raises(SpecError, match="stacks without norms"):
+        fm.initialize(model, "fixup", batch)
+    assert multiplier_table(model) == table
+    done.remove()
+    assert multiplier_table(model) == {}
+
+
+def test_frozen_parameters_stay_and_padding_stays_zero() -> None:
+    model = bert()
+    model.bert.embeddings.position_embeddings.weight.requires_grad_(False)
+    model.bert.encoder.layer[0].intermediate.dense.weight.requires_grad_(False)
+    kept = [p.detach().clone() for p in model.parameters() if not p.requires_grad]
+    done = fm.initialize(model, "deepscalelm")
+    for parameter, before in zip((p for p in model.parameters() if not p.requires_grad), kept, strict=True):
+        torch.testing.assert_close(parameter.detach(), before, rtol=0, atol=0)
+    assert "frozen parameters are left as they are: bert.encoder.layer.0.intermediate.dense.weight" in done.table()
+    assert float(model.bert.embeddings.word_embeddings.weight.detach()[0].abs().max()) == 0.0
+    with pytest.raises(ModelError, match="is frozen"):
+        fm.initialize(bert().requires_grad_(False), "xavier")
+
+
+def test_scores_that_the_code_does_not_divide_start_at_unit_variance() -> None:
+    """T5 has no 1/sqrt(d_head); without a smaller query and key attention would condense and gradients explode."""
+    model = t5()
+    done = fm.initialize(model, "deepscalelm")
+    query = next(row for row in done.blocks.rows if row.role == "query")
+    assert query.std == pytest.approx(128**-0.5 * 32**-0.25, rel=1e-3)
+    assert "m the score multiplier" in done.table()
+    assert abs(fm.measure(model, default_batch(model), seeds=2).apjn_log).max() < 2.0
+
+
+def test_a_table_says_why() -> None:
+    text = fm.initialize(gpt2(), "deepscalelm").table()
+    assert "query, key, value, output: queries and keys var 1/d; values and outputs var (1/d) sqrt((1-p)/a_v)" in text
+    assert "lambda^2 = " in text and "embeddings, heads" not in text
+
+
+def test_width_scalings_by_name_need_their_base() -> None:
+    with pytest.raises(SpecError, match="give base_width and base_stds"):
+        fm.initialize(gpt2(), "maximal-update")
+    with pytest.raises(SpecError, match=r"no option 'base_with'.*base_width"):
+        fm.initialize(gpt2(), "hybrid", base_with=64)
+    done = fm.initialize(gpt2(), "maximal-update", base_width=64, base_stds="read")
+    with pytest.raises(SpecError, match="width scaling"):
+        emit(done)
 
 
 def test_emitted_code_names_stem_and_logits() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -323,6 +324,17 @@ def test_multipliers_that_no_module_can_carry() -> None:
     with pytest.raises(NotCoveredError, match=r"multiply its logits by 0\.5 in the model's code"):
         initialize_widths(model, 0.0, batch=ids(), base_width=16, base_stds="read")
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_roles_of_another_model_are_refused() -> None:
+    roles = read_roles(Net(64), _tokens())
+    smaller = dataclasses.replace(roles, roles=roles.roles[1:])
+    larger = dataclasses.replace(roles, roles=(*roles.roles, dataclasses.replace(roles.roles[0], parameter="more")))
+    for wrong, message in ((smaller, "know no parameter"), (larger, "has no parameter 'more'")):
+        with pytest.raises(ModelError, match=message):
+            initialize_widths(Net(64), 1.0, roles=wrong, base_width=16, base_stds="read")
+        with pytest.raises(ModelError, match=message):
+            parameter_groups(Net(64), 1.0, roles=wrong, lr=0.1, base_width=16)
 
 
 def test_padding_rows_stay_zero() -> None:

@@ -505,7 +505,7 @@ def test_bad_input_is_one_clear_sentence() -> None:
             measure_tangent_kernel(given, x, groups=groups, **options)
 
     run(ModelError, "seeds must be a positive integer; got 0", seeds=0)
-    run(ModelError, "sketches must be an integer of at least 0; got -1", sketches=-1)
+    run(DomainError, "sketches must be an integer of at least 0; got -1", sketches=-1)
     run(DomainError, "memory must be positive and finite; got 0", memory=0)
     run(DomainError, r"components must lie in \[1, 4\]; got 5", components=5)
     run(DomainError, r"tokens must be different indices in \[0, 1\]; got \[0, 0\]", tokens=[0, 0])

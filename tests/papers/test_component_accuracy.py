@@ -9,10 +9,11 @@ from functools import partial
 from typing import Any
 
 import pytest
+import torch
 
 from fathometer.attention import Annealed
-from fathometer.errors import DomainError
-from fathometer.measurement.components import Input, correlated, linear, simulate
+from fathometer.errors import DomainError, NotCoveredError
+from fathometer.measurement.components import Input, attention, correlated, linear, norm, simulate, simulate_tokens
 from fathometer.models.seeding import named_generator
 from fathometer.observables.components import (
     ActivationMap,
@@ -30,7 +31,7 @@ from fathometer.papers.moments.component_case import Case, scored_attention, val
 from fathometer.papers.moments.component_cases import cases
 from fathometer.plotting import to_png
 from fathometer.plotting.moments.component_accuracy import draw_component_accuracy
-from fathometer.spec import LayerNorm
+from fathometer.spec import CrossAttention, DyT, LayerNorm, SelfAttention
 
 TINY = replace(SMALL, d_model=128, n_tokens=32)
 DRAWS = 24
@@ -157,5 +158,21 @@ def test_simulations_are_reproducible_and_refuse_what_they_cannot_draw() -> None
     assert first != simulate(draw, one, J=1.0, K=0.2, seeds=3, stream="other")
     with pytest.raises(DomainError, match="at least 2 seeds; got 1"):
         simulate(draw, one, J=1.0, K=0.2, seeds=1)
+    with pytest.raises(DomainError, match="at least 2 seeds; got 1"):
+        simulate_tokens(lambda generator: torch.ones(1, 2, 3), seeds=1)
+    given = {"query": 1.0, "key": 1.0, "value": 1.0, "output": 1.0, "n_heads": 2}
+    for field in (
+        {"value_bias": 0.1},
+        {"output_bias": 0.1},
+        {"qk_norm": True},
+        {"centred": True},
+        {"n_kv_heads": 1},
+    ):
+        with pytest.raises(NotCoveredError, match=f"simulated attention with {next(iter(field))}="):
+            attention(SelfAttention(**given, **field), width=8)
+    with pytest.raises(NotCoveredError, match="d_memory=4"):
+        attention(CrossAttention(**given, d_memory=4), width=8)
+    with pytest.raises(DomainError, match="simulated norms are LayerNorm and RMSNorm; got DyT"):
+        norm(DyT(alpha=1.0), 8)
     with pytest.raises(DomainError, match=r"mean\^2 <= p <= q; got mean=0.9, p=0.3, q=1"):
         correlated(1, 4, 16, 1.0, 0.3, named_generator(0, "x"), mean=0.9)

@@ -94,7 +94,7 @@ def test_the_best_rate_and_the_gain_of_planted_losses() -> None:
 
 def test_a_tiny_transfer_is_complete(monkeypatch: pytest.MonkeyPatch) -> None:
     module: Any = importlib.import_module("fathometer.papers.effective.transfer")
-    monkeypatch.setattr(module, "LOG2_RATES", range(-8, -5))
+    monkeypatch.setattr(module, "LANGUAGE_RATES", range(-8, -5))
     result = run("effective/transfer-language", grid=8, seeds=1)
     assert result.check.losses["uniform"].shape == (4, 3, 3)
     assert [row[0] for row in result.table().rows] == list(result.check.schemes)

@@ -21,16 +21,21 @@ from fathometer.spec import (
     MLP,
     Block,
     Branch,
+    CrossAttention,
     Derf,
     DyT,
     GatedMLP,
+    Head,
     LayerNorm,
+    Network,
+    PatchStem,
     Pointwise,
     PointwiseNorm,
     RMSNorm,
     Scales,
     SelfAttention,
     Sublayer,
+    TokenStem,
     Transformer,
     dumps_json,
     dumps_toml,
@@ -401,3 +406,35 @@ def test_bert_is_post_norm() -> None:
 def test_impossible_presets_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError, match=message):
         preset(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"stem": 3}, r"Network\.stem must be a TokenStem or PatchStem; got int"),
+        ({"trunk": 4}, r"Network\.trunk must be a Transformer; got int"),
+        ({"head": LayerNorm()}, r"Network\.head must be a Head; got LayerNorm"),
+        (
+            {
+                "trunk": Transformer(
+                    blocks=(Block(sublayers=(Sublayer(branch=CrossAttention(query=1, key=1, value=1, output=1)),)),),
+                    d_model=8,
+                )
+            },
+            "reads a memory; build an EncoderDecoder",
+        ),
+        ({"stem": PatchStem(patch=1.0), "head": Head(tied=True)}, "a PatchStem has none"),
+    ],
+)
+def test_networks_of_wrong_parts_are_refused(parts: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        Network(**{"stem": TokenStem(token=1.0), "trunk": preset("gpt2", n_layers=1), **parts})
+
+
+def test_networks_have_no_file_form() -> None:
+    network = Network(stem=TokenStem(token=1.0), trunk=preset("gpt2", n_layers=1))
+    for write in (dumps_json, dumps_toml):
+        with pytest.raises(SpecError, match="holds a Transformer or an EncoderDecoder; got Network; write its trunk"):
+            write(network)  # type: ignore[arg-type]
+        with pytest.raises(SpecError, match=r"got Block$"):
+            write(network.trunk.blocks[0])  # type: ignore[arg-type]

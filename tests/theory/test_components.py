@@ -14,7 +14,7 @@ from fathometer.observables.components import (
     ActivationMap,
     Attention,
     Chain,
-    CrossAttention,
+    CrossAttentionMoments,
     Dropout,
     FeedForward,
     GatedUnit,
@@ -33,10 +33,11 @@ from fathometer.observables.components import (
 )
 from fathometer.observables.components.finite_width import over_tokens
 from fathometer.observables.embeddings import corpus_overlap, count_overlap, stem_state, zipf_overlap
-from fathometer.propagation import Moments
+from fathometer.propagation import Memory, Moments
 from fathometer.propagation.exchangeable import HalfLayer
 from fathometer.spec import (
     MLP,
+    CrossAttention,
     Derf,
     GatedMLP,
     Head,
@@ -236,19 +237,55 @@ def test_cross_attention_to_tokens_like_the_queries_is_self_attention(finite_wid
     branch = SelfAttention(query=1.2, key=1.0, value=0.9, output=1.1, n_heads=4, attention_dropout=0.2)
     given = {"d_model": 64, "finite_width": finite_width}
     alone = Attention(branch=branch, n_tokens=20, **given)
-    cross = CrossAttention(branch=branch, n_queries=20, n_memory=20, **given)
-    a, b = alone.forward(STATE), cross.forward(STATE, STATE)
+    across = CrossAttention(query=1.2, key=1.0, value=0.9, output=1.1, n_heads=4, attention_dropout=0.2)
+    cross = CrossAttentionMoments(branch=across, memory=STATE, n_queries=20, n_memory=20, **given)
+    a, b = alone.forward(STATE), cross.forward(STATE)
     np.testing.assert_allclose((a.q, a.p), (b.q, b.p), rtol=1e-12)
-    both, total = cross.backward(GRADIENT, STATE, STATE), alone.backward(GRADIENT, STATE)
-    np.testing.assert_allclose((both[0].J + both[1].J, both[0].K + both[1].K), (total.J, total.K), rtol=1e-10)
+    asked, read = cross.backward(GRADIENT, STATE), cross.memory_backward(GRADIENT, STATE)
+    total = alone.backward(GRADIENT, STATE)
+    np.testing.assert_allclose((asked.J + read.J, asked.K + read.K), (total.J, total.K), rtol=1e-10)
+
+
+def test_cross_attention_is_that_of_the_recursion() -> None:
+    """Without corrections, biases and a memory of another width included; a single memory token is read as it is."""
+    branch = CrossAttention(
+        query=1.2, key=1.1, value=0.9, output=0.8, n_heads=4, value_bias=0.3, output_bias=0.2, d_memory=32
+    )
+    for n_memory, q, p in ((9, 1.2, 0.3), (1, 1.2, 0.3)):
+        memory, x = TokenState(q=q, p=p), TokenState(q=0.9, p=0.2)
+        cross = CrossAttentionMoments(
+            branch=branch, memory=memory, n_queries=5, n_memory=n_memory, d_model=64, finite_width=False
+        )
+        step = HalfLayer(
+            Sublayer(branch=branch, skip_scale=0.0), 5, Exact(), memory=Memory(memory.moments, n_memory, 2)
+        )
+        out, _, record = step.forward(x.moments)
+        np.testing.assert_allclose((cross.forward(x).q, cross.forward(x).p), out, rtol=1e-12)
+        back, sent = cross.backward(GRADIENT, x), cross.memory_backward(GRADIENT, x)
+        start = (GRADIENT.J, GRADIENT.K)
+        np.testing.assert_allclose((back.J, back.K), step.transfer(record) @ start, rtol=1e-12)
+        np.testing.assert_allclose((sent.J, sent.K), step.to_memory(record) @ start, rtol=1e-12)
+    assert cross.forward(x).q == pytest.approx((0.9 * 0.8) ** 2 * 1.2 + (0.3 * 0.8) ** 2 + 0.2**2)
+    close((sent.J, sent.K), (2 * (0.9 * 0.8) ** 2 * 5 * (GRADIENT.J + 4 * GRADIENT.K), 0.0))
+
+
+def test_cross_attention_stands_in_a_chain() -> None:
+    branch = CrossAttention(query=1.2, key=1.0, value=0.9, output=1.1, n_heads=4)
+    cross = CrossAttentionMoments(branch=branch, memory=STATE, n_queries=20, n_memory=10, d_model=64)
+    block = Residual(branch=Chain((cross, Dropout(rate=0.1))))
+    assert block.forward(STATE).q == pytest.approx(STATE.q + cross.forward(STATE).q / 0.9)
+    passed = cross.backward(GradientState(J=GRADIENT.J / 0.9, K=GRADIENT.K), STATE)
+    close(block.backward(GRADIENT, STATE).J, GRADIENT.J + passed.J)
 
 
 def test_rows_of_cross_attention_sum_to_one() -> None:
     """Without dropout the sum of all gradients at the memory is that at the output, whatever the scores."""
     n, m = 12, 30
-    branch = SelfAttention(query=2.0, key=1.0, value=0.9, output=1.0)
-    cross = CrossAttention(branch=branch, n_queries=n, n_memory=m, d_model=64, projected=False, d_head=16)
-    _, memory = cross.backward(GRADIENT, STATE, TokenState(q=1.0, p=0.2))
+    branch = CrossAttention(query=2.0, key=1.0, value=0.9, output=1.0)
+    cross = CrossAttentionMoments(
+        branch=branch, memory=TokenState(q=1.0, p=0.2), n_queries=n, n_memory=m, d_model=64, projected=False, d_head=16
+    )
+    memory = cross.memory_backward(GRADIENT, STATE)
     arrived, sent = m * (memory.J + (m - 1) * memory.K), n * (GRADIENT.J + (n - 1) * GRADIENT.K)
     assert arrived == pytest.approx(0.81 * 16 / 64 * sent, rel=1e-12)
 
@@ -356,7 +393,11 @@ def test_overlaps_of_a_corpus() -> None:
         (lambda: count_overlap([5, 0, 0]), DomainError, "fewer than two words occur"),
         (lambda: count_overlap([1.5, 2]), DomainError, "counts must be integers >= 0"),
         (lambda: TokenState(q=1.0, p=1.2), DomainError, r"p must satisfy \|p - mean\^2\| .* got 1.2"),
-        (lambda: TokenState(q=[1.0, -1.0], p=0.0), DomainError, r"q must be finite and positive; got -1 at index \(1,"),
+        (
+            lambda: TokenState(q=[1.0, -1.0], p=0.0),
+            DomainError,
+            r"q must be finite and at least 0; got -1 at index \(1,",
+        ),
         (lambda: TokenState(q=1.0, p=0.0, mean=2.0), DomainError, "mean must satisfy"),
         (lambda: TokenState(q=1.0, p=0.1, mean=0.9), DomainError, "p must satisfy"),
         (lambda: GradientState(J=1.0, K=1.5), DomainError, r"K must satisfy \|K\| <= J .* got 1.5"),
@@ -386,14 +427,34 @@ def test_overlaps_of_a_corpus() -> None:
             "d_model must be a multiple of n_heads; got 64 and 3",
         ),
         (
-            lambda: CrossAttention(
-                branch=SelfAttention(query=1.0, key=1.0, value=1.0, output=1.0, causal=True),
+            lambda: CrossAttentionMoments(
+                branch=CrossAttention(query=1.0, key=1.0, value=1.0, output=1.0, d_memory=32),
+                memory=STATE,
                 n_queries=4,
                 n_memory=4,
                 d_model=64,
             ),
             NotCoveredError,
-            "causal mask",
+            "a memory of width 32 from tokens of width 64",
+        ),
+        (
+            lambda: Chain((Linear(scale=0.0), NormMap(norm=LayerNorm(), d_model=64))).forward(STATE),
+            DomainError,
+            "LayerNorm has nothing to divide by",
+        ),
+        (
+            lambda: NormMap(norm=RMSNorm(), d_model=64).backward(GRADIENT, TokenState(q=0.0, p=0.0)),
+            DomainError,
+            "RMSNorm has nothing to divide by",
+        ),
+        (
+            lambda: Attention(
+                branch=SelfAttention(query=1.0, key=1.0, value=np.ones(2), output=1.0, causal=True),
+                n_tokens=4,
+                d_model=64,
+            ).forward(STATE),
+            SpecError,
+            r"a causal mask needs single numbers; branch.value is an array of shape \(2,\)",
         ),
         (
             lambda: Attention(
@@ -416,3 +477,32 @@ def test_feed_forward_is_exact_for_one_norm() -> None:
     gain = (1.1 * 0.9) ** 2 / 2
     assert (out.q, out.p) == pytest.approx((gain, gain * 0.4827442838), rel=1e-9)
     close((back.J, back.K), (gain, gain * 0.5969866841), rel=1e-9)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("scales", [{"output": 0.0}, {"value": 0.0}, {"value": 0.0, "output_bias": 0.5}])
+def test_branches_of_zero_scale_add_nothing(causal: bool, scales: dict[str, float]) -> None:
+    """As Fixup, ReZero and SkipInit start: the stream and its gradients pass unchanged."""
+    given = {"query": 1.0, "key": 1.0, "value": 1.0, "output": 1.0, **scales}
+    attention = Attention(branch=SelfAttention(**given, n_heads=4, causal=causal), n_tokens=8, d_model=64)
+    bias = given.get("output_bias", 0.0) ** 2
+    assert (attention.forward(STATE).q, attention.forward(STATE).p) == (bias, bias)
+    assert attention.backward(GRADIENT, STATE) == GradientState(J=0.0, K=0.0)
+    for branch in (Chain((attention, Dropout(rate=0.1))), feed_forward_block(MLP(mlp_in=1.0, mlp_out=0.0))):
+        silent = Residual(branch=branch, branch_scale=0.0)
+        assert silent.forward(STATE).moments == STATE.moments and silent.backward(GRADIENT, STATE) == GRADIENT
+    assert np.isnan(attention.forward(STATE).cosine) or bias
+
+
+def test_moments_equal_up_to_rounding_have_correlation_one() -> None:
+    state = TokenState(q=1.0, p=1.0 + 4e-16)
+    assert state.cosine == state.correlation == 1.0
+    one = NormMap(norm=LayerNorm(), d_model=64).forward(state)
+    assert (one.q, one.p) == pytest.approx((1.0, 1.0), abs=1e-12)
+
+
+def test_a_single_segment_is_the_ordinary_case() -> None:
+    stem = TokenStem(token=0.5, segment=0.4)
+    assert stem_state(stem, token_overlap=0.1, segment_overlap=1.0).p == pytest.approx(0.025 + 0.16)
+    with pytest.raises(DomainError, match=r"segment_overlap must lie in \[0, 1\]; got 1.1"):
+        stem_state(stem, token_overlap=0.1, segment_overlap=1.1)

@@ -17,7 +17,7 @@ from fathometer.models import (
     reference_network,
     stacked_network,
 )
-from fathometer.observables import backward_encoder_decoder, growth, predict, weight_gradients
+from fathometer.observables import backward_encoder_decoder, growth, predict, predict_encoder_decoder, weight_gradients
 from fathometer.prescription import compare_schemes
 from fathometer.propagation import Memory, Moments, propagate, propagate_encoder_decoder, propagate_ends
 from fathometer.spec import (
@@ -297,11 +297,12 @@ def test_functions_without_a_memory_say_where_to_go() -> None:
         lambda: growth(decoder, n_tokens=4, q=1.0, p=0.1),
         lambda: weight_gradients(decoder, n_tokens=4, q=1.0, p=0.1),
         lambda: propagate_ends(decoder, n_tokens=4, q=1.0, p=0.1, closure=Exact()),
-        lambda: compare_schemes(decoder, ["xavier"], n_tokens=4, p=0.1),
         lambda: stacked_network(decoder),
     ):
         with pytest.raises(NotCoveredError, match="propagate_encoder_decoder"):
             call()
+    for row in compare_schemes(decoder, ["gpt2", "xavier"], n_tokens=4, p=0.1).rows:
+        assert row.status == "not covered" and "propagate_encoder_decoder" in row.reason
     tokens = {"n_tokens": 4, "q": 1.0, "p": 0.1, "n_memory": 4, "q_memory": 1.0}
     with pytest.raises(NotCoveredError, match="large-n average"):
         propagate_encoder_decoder(network(), **tokens, p_memory=0.1, closure=UniformLargeN())
@@ -312,6 +313,8 @@ def test_functions_without_a_memory_say_where_to_go() -> None:
     found = propagate_encoder_decoder(silent, **tokens, p_memory=0.1, closure=Exact())
     with pytest.raises(DomainError, match="no gradient reaches the encoder"):
         backward_encoder_decoder(found)
+    with pytest.raises(DomainError, match="'random_energy', whose rows are spread over infinitely many keys"):
+        predict_encoder_decoder(network(), **tokens, p_memory=0.1, closure="random_energy")
 
 
 @pytest.mark.parametrize("suffix", ["toml", "json"])

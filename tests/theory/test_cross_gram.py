@@ -25,6 +25,7 @@ from fathometer.spec import (
     SelfAttention,
     Sublayer,
     Transformer,
+    with_field,
 )
 
 SCALES = {"query": 1.2, "key": 1.0, "value": 1.3, "output": 0.9, "n_heads": 2}
@@ -99,7 +100,7 @@ def test_averages_are_the_literal_sums() -> None:
     assert not np.any(rows.to_queries(gradient))
     lost = 0.5
     noisy = np.einsum("aacc,cc->a", weights, memory)
-    added = rows.forward(memory, lost=lost) - rows.forward(memory)
+    added = rows.forward(memory, dropout_variance=lost) - rows.forward(memory)
     np.testing.assert_allclose(added, np.diag(lost * noisy), atol=1e-8)
     # At weak coupling A = 1/N, and the output responds to a score by J V M with J = (1 - 1/N)/N.
     weak, values_only = (CrossRows(queries, memory, 1e-6, Annealed(score_path=path)) for path in (True, False))
@@ -195,6 +196,13 @@ def test_bad_input() -> None:
         propagate_encoder_decoder_gram(spec, gram=np.eye(3), memory_gram=np.eye(4), closure=UniformLargeN())
     with pytest.raises(NotCoveredError, match="propagate_encoder_decoder"):
         propagate_gram(spec.decoder, np.eye(3), closure=Exact())
+    grid = replace(spec, decoder=with_field(network(causal=True).decoder, "mlp_out", np.ones(2)))
+    for run in (
+        lambda: propagate_encoder_decoder_gram(grid, gram=np.eye(3), memory_gram=np.eye(4), closure=Exact()),
+        lambda: predict_encoder_decoder(grid, n_tokens=3, q=1.0, p=0.1, n_memory=4, q_memory=1.0, p_memory=0.1),
+    ):
+        with pytest.raises(SpecError, match=r"single numbers; spec.decoder.*mlp_out is an array of shape \(2,\)"):
+            run()
     decoder = spec.decoder.map_sublayers(
         lambda s: replace(s, branch_scale=0.0) if isinstance(s.branch, CrossAttention) else s
     )
@@ -203,3 +211,24 @@ def test_bad_input() -> None:
     )
     with pytest.raises(DomainError, match="no gradient reaches the encoder"):
         silent.backward()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_single_token_overlaps_with_no_other(causal: bool) -> None:
+    tokens = {"n_tokens": 1, "q": 1.0, "p": 0.3, "n_memory": 6, "q_memory": 1.0, "p_memory": 0.2}
+    encoder, decoder = predict_encoder_decoder(network(causal=causal), **tokens)
+    assert np.all(decoder.p == 0) and np.all(decoder.cosine == 0) and np.all(encoder.p > 0)
+    other = predict_encoder_decoder(network(causal=not causal), **tokens)[1]
+    np.testing.assert_allclose(decoder.q, other.q, rtol=1e-10)
+    np.testing.assert_allclose(decoder.apjn_log, other.apjn_log, rtol=1e-10, atol=1e-12)
+
+
+def test_tokens_behind_a_gain_of_zero_read_the_memory_evenly() -> None:
+    branch = CrossAttention(**SCALES)
+    decoder = Transformer(
+        blocks=(Block(sublayers=(Sublayer(branch=branch, input_norm=LayerNorm(gain=0.0)),)),), d_model=64
+    )
+    spec = replace(network(dropout=0.0, d_memory=64), decoder=decoder)
+    found = propagate_encoder_decoder_gram(spec, gram=np.eye(3), memory_gram=np.eye(4), closure=Exact())
+    np.testing.assert_allclose(found.added[0], (1.3 * 0.9) ** 2 * found.memory.mean(), rtol=1e-12)
+    assert all(np.isfinite(stack.log_norm).all() for stack in found.backward())

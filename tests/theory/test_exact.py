@@ -345,6 +345,8 @@ def test_one_token_has_no_partner() -> None:
     np.testing.assert_allclose(pair.apjn_log, full.apjn_log, atol=1e-12)
     np.testing.assert_allclose(pair.gradient_log, pair.apjn_log, atol=1e-12)
     np.testing.assert_array_equal(pair.gradient_alignment, 0.0)
+    np.testing.assert_array_equal((pair.p, pair.cosine), np.zeros((2, len(pair.q))))
+    np.testing.assert_array_equal(full.p, pair.p)
     np.testing.assert_array_equal(predict(spec, n_tokens=1, q=1.0, p=-0.3).q, pair.q)
 
 

@@ -271,6 +271,28 @@ def test_comparison_of_causal_and_of_exploding_stacks() -> None:
     assert "overflows at sublayer" in exploding[0].reason
 
 
+def test_comparisons_of_what_the_theory_does_not_cover_are_rows() -> None:
+    """Without norms, causal stacks of growing variance leave the range of the averages, or overflow."""
+    spec = with_field(stack(40, norm=None, causal=True), "score_multiplier", 3.0)
+    rows = {row.scheme: row for row in compare_schemes(spec, n_tokens=6, p=0.2).rows}
+    assert len(rows) == len(SCHEMES) and {row.status for row in rows.values()} >= {"ok", "undefined", "not covered"}
+    assert rows["xavier"].status == "not covered" and "nats" in rows["xavier"].reason
+    assert rows["deepnorm"].status == "undefined" and rows["fixup"].status == "ok"
+    assert all(math.isnan(row.q_final) == (row.status != "ok") for row in rows.values())
+    exploding = with_field(stack(900, norm=None, causal=True), "score_multiplier", 0.0)
+    (row,) = compare_schemes(exploding, ["xavier"], n_tokens=4, p=0.2).rows
+    assert row.status == "overflow" and "overflows at sublayer" in row.reason
+
+
+@pytest.mark.parametrize(
+    ("count", "lowest", "limit"), [("layers", "e^-2.043", "e^-k = 0.1353"), ("blocks", "e^-1.011", "e^-0.5k = 0.3679")]
+)
+def test_the_stated_limit_of_gradients_counts_as_the_scheme_does(count: str, lowest: str, limit: str) -> None:
+    """48 layers, k = 2: (1 - 2/48)^48 tends to e^-2, (1 - 2/96)^48 to e^-1."""
+    notes = apply_scheme(preset("bert", n_layers=48), "deepscalelm-simple", count=count).notes
+    assert lowest in notes[1] and limit in notes[1]
+
+
 def test_every_architecture_kind_is_scaled() -> None:
     planned = refined(preset("llama", n_layers=4, d_model=256), r0=0.3)
     assert isinstance(planned.blocks[0].sublayers[1].branch, GatedMLP)

@@ -14,7 +14,7 @@ from fathometer.attention import DEFAULT_CLOSURE
 from fathometer.errors import DomainError, NotCoveredError, SpecError
 from fathometer.models import draw_weights, equiangular_tokens, reference_encoder_decoder
 from fathometer.observables import backward_encoder_decoder, predict, predict_encoder_decoder
-from fathometer.prescription import SCHEMES, apply_scheme, compare_schemes, unit_front_end
+from fathometer.prescription import SCHEMES, apply_scheme, compare_schemes, unit_front_end, unit_stem
 from fathometer.propagation import Trajectory, propagate, propagate_encoder_decoder
 from fathometer.spec import (
     MLP,
@@ -215,6 +215,31 @@ def test_stems_and_heads_of_text() -> None:
     assert np.mean((mask * tables) ** 2) == pytest.approx(1.0, abs=0.02)
     logits = plan.head[0].multiplier * rng.normal(size=(500, 768)) @ rng.normal(0, std, (768, 40))
     assert np.mean(logits**2) == pytest.approx(1.0, abs=0.06)
+
+
+def test_the_rate_of_a_stem_is_its_own_unless_one_is_asked_for() -> None:
+    trunk = preset("gpt2", n_layers=8)
+    given = Network(stem=TokenStem(token=0.02, dropout=0.3), trunk=trunk)
+    options = {"r0": 0.5, "n_tokens": 16}
+    for name in ("deepscalelm", "deepscalelm-simple"):
+        only = {} if name == "deepscalelm-simple" else options
+        for asked, rate, inside in (({}, 0.3, 0.0), ({"dropout": 0.1}, 0.1, 0.1)):
+            plan = apply_scheme(given, name, **only, **asked)
+            assert plan.network is not None and plan.network.stem.dropout == rate
+            assert plan.stem[0].std == pytest.approx(math.sqrt(1 - rate))
+            assert {s.dropout for block in plan.spec.blocks for s in block.sublayers} == {inside}
+    own = apply_scheme(given, "deepscalelm", **options)
+    assert any("variance 0.7 / n_e" in note for note in own.notes)
+    lowered = apply_scheme(trunk, "deepscalelm", r0=0.35, n_tokens=16)  # 0.5 (1 - 0.3): what enters the first block
+    assert own.rows == lowered.rows != apply_scheme(trunk, "deepscalelm", **options).rows
+    assert apply_scheme(trunk, "deepscalelm", **options, embedding_dropout=0.3).rows == lowered.rows
+    mixed = apply_scheme(given, "deepscalelm", **options, dropout=0.1, embedding_dropout=0.2)
+    assert mixed.network is not None and mixed.network.stem.dropout == 0.2
+    for rate in (1.5, 1.0, -0.1, math.nan):
+        with pytest.raises(DomainError, match=r"dropout must lie in \[0, 1\); got"):
+            unit_stem(given.stem, dropout=rate)
+        with pytest.raises(DomainError, match=r"embedding_dropout must lie in \[0, 1\); got"):
+            apply_scheme(trunk, "deepscalelm", **options, embedding_dropout=rate)
 
 
 def test_stems_of_images_and_sound() -> None:

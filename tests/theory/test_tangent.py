@@ -22,6 +22,7 @@ from fathometer.attention import (
 )
 from fathometer.errors import BatchError, DomainError, NotCoveredError, SpecError
 from fathometer.kernels import activation_kernel
+from fathometer.observables import backward
 from fathometer.observables.tangent import TangentKernel, tangent_kernel
 from fathometer.propagation import propagate, propagate_gram, propagate_tangent, stem_gram
 from fathometer.propagation.exchangeable import HalfLayer
@@ -42,6 +43,7 @@ from fathometer.spec import (
     Sublayer,
     TokenStem,
     Transformer,
+    with_field,
 )
 
 Array = np.ndarray
@@ -654,6 +656,19 @@ def test_more_bad_input() -> None:
         kernel_of().total(["gate"])
     with pytest.raises(SpecError, match="needs single numbers"):
         kernel_of(small(MLP(mlp_in=np.array([1.0, 2.0]), mlp_out=1.0)))
+    for place, part in (
+        ("head.norm.gain", {"head": Head(norm=LayerNorm(gain=np.array([1.0, 2.0])))}),
+        ("stem.token", {"stem": TokenStem(token=np.array([1.0, 2.0]))}),
+    ):
+        with pytest.raises(SpecError, match=rf"single numbers; network.{place} is an array of shape \(2,\)"):
+            kernel_of(dataclasses.replace(small(), **part))
+    grid = stack(MLP(mlp_in=1.0, mlp_out=np.linspace(1.0, 1.3, 5)))
+    for run in (
+        lambda: propagate_gram(grid, np.eye(5), closure=Exact()),
+        lambda: propagate_tangent(grid, np.eye(5), averaging=Exact(), kernels={}),
+    ):
+        with pytest.raises(SpecError, match=r"single numbers; .*mlp_out is an array of shape \(5,\)"):
+            run()
     with pytest.raises(BatchError, match="a PatchStem takes either"):
         stem_gram(PatchStem(patch=1.0), tokens=[0, 1])
     with pytest.raises(BatchError, match="`patches` must have shape"):
@@ -675,6 +690,9 @@ def test_more_bad_input() -> None:
         propagate_gram(small().trunk, np.eye(2), closure=QuadratureRows(), attention=np.eye(2))
     with pytest.raises(NotCoveredError, match="sampled attention over 300 tokens"):
         kernel_of(tokens=list(range(300)), averaging=None)
+    with pytest.raises(NotCoveredError, match="normalised queries and keys of sampled heads of finite width"):
+        normalised = small(SelfAttention(query=1.0, key=1.0, value=1.0, output=1.0, qk_norm=True))
+        kernel_of(normalised, averaging=SampledRows(n_heads=8, d_head=4))
     with pytest.raises(DomainError, match="two tokens stand for n_tokens >= 2; got 1"):
         ExchangeableRows(Exact(), 1)
     with pytest.raises(DomainError, match="equal mean squares"):
@@ -684,3 +702,41 @@ def test_more_bad_input() -> None:
         ExchangeableRows(Exact(), 4).average(Visibility(3, causal=False), np.eye(3), np.eye(3), 1.0)
     with pytest.raises(NotCoveredError, match="query scale of 0"):
         kernel_of(small(SelfAttention(query=0.0, key=1.0, value=1.0, output=1.0, qk_norm=True)))
+
+
+def test_replicates_share_all_heads() -> None:
+    assert [part.n_heads for part in SampledRows(n_heads=21, replicates=8).parts()] == [3, 3, 3, 3, 3, 2, 2, 2]
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_a_norm_of_gain_zero_leaves_the_stream(qk_norm: bool) -> None:
+    """Tokens of zeros have scores of zero: nothing is divided by their size."""
+    branch = SelfAttention(query=1.0, key=1.0, value=1.0, output=1.0, qk_norm=qk_norm, attention_dropout=0.1)
+    trunk, gram = stack(branch, norm=LayerNorm(gain=0.0)), random_gram(4)
+    full = propagate_gram(trunk, gram, closure=Exact())
+    np.testing.assert_array_equal(full.grams[-1], gram)
+    ((log_norm, _),) = full.backward(None)
+    assert np.all(log_norm == 0) and np.all(full.forward_log == 0)
+    two = propagate(trunk, n_tokens=4, q=1.0, p=0.3, closure=Exact())
+    assert two.q.tolist() == [1.0, 1.0] and two.transfer[0].tolist() == [[1.0, 0.0], [0.0, 1.0]]
+    roles = tangent_kernel(Network(stem=TokenStem(token=1.0), trunk=trunk), tokens=[0, 1], n_tokens=9).roles
+    assert roles["token_embedding"][0, 0] == 1.0 and np.all(roles["value"] == 0) and np.all(roles["query"] == 0)
+
+
+def test_vanished_gradients_are_named() -> None:
+    """Forward, a perturbation of which nothing is left has a log of minus infinity."""
+    open_, shut = (
+        Sublayer(branch=SelfAttention(query=1.0, key=1.0, value=1.0, output=scale, output_bias=0.5), skip_scale=skip)
+        for scale, skip in ((1.0, 1.0), (0.0, 0.0))
+    )
+    trunk = Transformer(blocks=(Block(sublayers=(open_, shut, open_, open_)),), d_model=64)
+    full = propagate_gram(trunk, np.eye(3), closure=Exact())
+    assert np.isneginf(full.forward_log[2:]).all() and np.isfinite(full.forward_log[:2]).all()
+    with pytest.raises(DomainError, match="the gradient vanishes in front of sublayer 1"):
+        full.backward(None)
+    two = propagate(trunk, n_tokens=3, q=1.0, p=0.0, closure=Exact())
+    with pytest.raises(DomainError, match="the gradient vanishes in front of sublayer 1"):
+        backward(two.transfer)
+    grid = propagate(with_field(trunk, "skip_scale", np.array([0.0, 1.0])), n_tokens=3, q=1.0, p=0.0, closure=Exact())
+    found = backward(grid.transfer)
+    assert np.isneginf(found.log_norm[0, 0]) and np.isfinite(found.log_norm[:, 1]).all()

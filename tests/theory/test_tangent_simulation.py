@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -13,14 +13,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fathometer.attention import QuadratureRows
-from fathometer.errors import BatchError, DomainError
+from fathometer.errors import BatchError, DomainError, NotCoveredError
 from fathometer.models import PARAMETER_ROLES
 from fathometer.observables.adamw_tangent import adamw_tangent_kernel
-from fathometer.observables.tangent import ROLES, TangentKernel, tangent_kernel
+from fathometer.observables.tangent import TANGENT_ROLES, TangentKernel, tangent_kernel
 from fathometer.spec import (
     MLP,
     Block,
     Branch,
+    Derf,
     GatedMLP,
     Head,
     LayerNorm,
@@ -219,7 +220,7 @@ def test_every_group_at_width_256(kind: str) -> None:
 
 
 def test_models_know_every_role_of_the_theory() -> None:
-    assert set(ROLES) <= set(PARAMETER_ROLES)
+    assert set(TANGENT_ROLES) <= set(PARAMETER_ROLES)
 
 
 # AdamW on one token --------------------------------------------------------------------------------------------------
@@ -263,3 +264,32 @@ def test_adamw_kernels_refuse_several_tokens() -> None:
         adamw_tangent_kernel(spec, n_out=1, tokens=[0, 1])
     with pytest.raises(DomainError, match="n_out must be an integer >= 1; got 0"):
         adamw_tangent_kernel(spec, n_out=0, tokens=[0])
+
+
+@pytest.mark.parametrize("slot", ["input_norm", "output_norm", "stream_norm", "head"])
+def test_adamw_kernels_refuse_norms_that_act_on_each_entry(slot: str) -> None:
+    """Behind Derf of a large alpha an entry is a sign: its mean size is 1, not sqrt(2/pi)."""
+    spec = network(64, 4, "plain")
+    if slot == "head":
+        spec = replace(spec, head=replace(spec.head, norm=Derf(alpha=50.0)))
+    else:
+        spec = replace(spec, trunk=spec.trunk.map_sublayers(lambda s: replace(s, **{slot: Derf(alpha=50.0)})))
+    with pytest.raises(NotCoveredError, match="AdamW behind Derf"):
+        adamw_tangent_kernel(spec, n_out=1, tokens=[0])
+
+
+def test_adamw_kernels_of_gains_are_those_of_unit_tokens() -> None:
+    """A gain's gradient does not contain the gain, not even a vanishing one; the head's is proportional to it."""
+
+    def roles(gain: float) -> dict[str, float]:
+        trunk = Transformer(
+            blocks=(Block(sublayers=(Sublayer(branch=MLP(mlp_in=1.0, mlp_out=1.0), input_norm=LayerNorm()),)),),
+            d_model=64,
+        )
+        spec = Network(stem=TokenStem(token=1.0), trunk=trunk, head=Head(scale=1.3, norm=RMSNorm(gain=gain)))
+        found = adamw_tangent_kernel(spec, n_out=1, tokens=[0])
+        return {"head": found.roles["head"], "norm_gain": found.groups["norm_gain", None]}
+
+    one, none, half = roles(1.0), roles(0.0), roles(0.5)
+    assert one["norm_gain"] == none["norm_gain"] == half["norm_gain"] == pytest.approx(1.3 * 2 / np.pi)
+    assert (none["head"], half["head"]) == (0.0, pytest.approx(one["head"] / 2))

@@ -201,6 +201,22 @@ def test_the_printed_table() -> None:
         table.row("querry", in_blocks=True)
 
 
+def test_parameters_of_one_role_and_other_factors_have_their_own_rows() -> None:
+    """Without a base, factors are absolute: two widths of an MLP differ. With one, they scale alike."""
+    parameters = [Sizes("mlp_in", 64, 256, True), Sizes("mlp_in", 64, 128, True), Sizes("mlp_in", 64, 256, True)]
+    table = width_table(parameters, 0, d_model=64, base_width=None)
+    assert [(row.fan_in, row.fan_out) for row in table.rows] == [(64, 256), (64, 128)]
+    for fan_out in (256, 128):
+        rate = table.row("mlp_in", in_blocks=True, fan_out=fan_out).factors.rate
+        assert rate == pytest.approx(1 / (64 * fan_out**0.5))
+    assert "mlp_in 64 -> 128  " in str(table) and "is that of the base" not in str(table)
+    with pytest.raises(SpecError, match="several rows 'mlp_in'; say which by fan_in and fan_out: 64 -> 256, 64 -> 128"):
+        table.row("mlp_in", in_blocks=True)
+    based = width_table(parameters, 0, d_model=64, base_width=16)
+    assert len(based.rows) == 1 and based.row("mlp_in", in_blocks=True).factors.rate == pytest.approx(1 / 8)
+    assert "is that of the base" in str(based)
+
+
 def test_a_base_wider_than_the_target_is_allowed_and_said() -> None:
     table = width_table(standard_parameters(d_model=256), 1.0, d_model=256, base_width=1024)
     assert table.row("query", in_blocks=True).factors.rate == pytest.approx(4.0)

@@ -1,8 +1,6 @@
 """Writing a prescription into a model, and into code."""
 
-from fathometer.application.emit import STYLES, emit
-from fathometer.application.initialize import Applied, AppliedEncoderDecoder, ResidualRow, WeightRow, write_spec
-from fathometer.application.initialize_widths import WidthsApplied, initialize_widths, role_stds
+from fathometer.application.groups import parameter_groups, scaling_table
 from fathometer.application.inside import EncoderDecoderInside, FirstTokens, read_encoder_decoder
 from fathometer.application.multipliers import (
     ResidualMultiplier,
@@ -11,7 +9,9 @@ from fathometer.application.multipliers import (
     remove_multipliers,
 )
 from fathometer.application.named import DoubleScalingWarning, Initialized, initialize
-from fathometer.application.parameter_groups import parameter_groups, scaling_table
+from fathometer.application.source_code import STYLES, emit
+from fathometer.application.widths import WidthsApplied, initialize_widths, role_stds
+from fathometer.application.writing import Applied, AppliedEncoderDecoder, ResidualRow, WeightRow, write_spec
 
 __all__ = [
     "STYLES",

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from fathometer.application.drawing import Draw, draw
 from fathometer.application.multipliers import modules_sharing
 from fathometer.errors import NotCoveredError
 from fathometer.measurement.batches import Batch
 from fathometer.measurement.untouched import untouched
 from fathometer.models.identify import identify_norm
 from fathometer.models.roles import ModelRoles, ParameterRole
-from fathometer.models.seeding import named_generator
 from fathometer.models.trace import Trace, leaves, recording
 from fathometer.prescription.plans import EndRow
 from fathometer.prescription.unit_ends import unit_head, unit_stem
@@ -34,12 +34,12 @@ class EndDrawn:
 
 @dataclass(frozen=True)
 class Ends:
-    """What is to be drawn outside the blocks, the plan's rows about it, and the multiplier of a tied head."""
+    """What is to be drawn outside the blocks, the plan's rows about it, and the multipliers of a tied head."""
 
     rows: tuple[EndDrawn, ...] = ()
     stem: tuple[EndRow, ...] = ()
     head: tuple[EndRow, ...] = ()
-    multiplier: tuple[str, float] | None = None
+    multipliers: tuple[tuple[str, float], ...] = ()
 
     def places(self, model: nn.Module) -> list[tuple[EndDrawn, nn.Parameter]]:
         """Return every row with its parameter."""
@@ -53,7 +53,7 @@ def plan_ends(model: nn.Module, batch: Batch, roles: ModelRoles, dropout: float,
     rows: list[EndDrawn] = []
     stem_rows: tuple[EndRow, ...] = ()
     head_rows: tuple[EndRow, ...] = ()
-    multiplier: tuple[str, float] | None = None
+    multipliers: tuple[tuple[str, float], ...] = ()
     stem: Stem = TokenStem(token=1.0)
     if found is None:
         notes.append("the model has no stem: its input should have second moment one")
@@ -81,10 +81,12 @@ def plan_ends(model: nn.Module, batch: Batch, roles: ModelRoles, dropout: float,
                 "the head multiplies by the token embedding outside any module of its own; multiply its logits by "
                 f"{factor:.6g} in the model's code"
             )
-        multiplier = None if math.isclose(factor, 1.0, rel_tol=1e-3) else (heads[0], factor)
+        if not math.isclose(factor, 1.0, rel_tol=1e-3):
+            multipliers = tuple((name, factor) for name in heads)
     by_role = {row.role: row for row in (*stem_rows, *(() if tied else head_rows))}
+    parameters = dict(model.named_parameters())
     for role in roles.roles:
-        if role.layer is not None:
+        if role.layer is not None or not parameters[role.parameter].requires_grad:
             continue
         if role.role in by_role:
             row = by_role[role.role]
@@ -97,16 +99,13 @@ def plan_ends(model: nn.Module, batch: Batch, roles: ModelRoles, dropout: float,
     left = sorted({role.role for role in roles.roles if role.layer is None} - {row.parameter.role for row in rows})
     if left:
         notes.append(f"left as they are outside the blocks: {', '.join(left)}")
-    return Ends(tuple(rows), stem_rows, head_rows, multiplier)
+    return Ends(tuple(rows), stem_rows, head_rows, multipliers)
 
 
 def draw_ends(model: nn.Module, ends: Ends, seed: int) -> None:
     """Draw every planned table and matrix, Gaussian, in place; the draw depends on the seed and the name only."""
-    with torch.no_grad():
-        for row, parameter in ends.places(model):
-            view = row.parameter.of(parameter)
-            generator = named_generator(seed, f"written {row.parameter.key}")
-            view.copy_(torch.randn(view.shape, generator=generator, dtype=torch.float32).mul_(row.std))
+    rows = [Draw(row.parameter.parameter, row.parameter.key, row.parameter.of, row.std) for row in ends.rows]
+    draw(model, rows, seed=seed, label="written")
 
 
 def _patch_input(model: nn.Module, batch: Any, roles: ModelRoles) -> float:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fathometer.application.multipliers import ResidualMultiplier, multipliers_in
+from fathometer.application.multipliers import multipliers_in
 from fathometer.errors import BatchError, FathometerError, ModelError, NotCoveredError, SpecError
 from fathometer.measurement.batches import Batch, as_batch
 from fathometer.measurement.sounding import BlockCall, first_layout, record_calls
@@ -164,13 +164,23 @@ def read_model(
         NotCoveredError: naming the block and what the theory has no map for.
         ModelError, BatchError: as :func:`fathometer.application.write_spec`.
     """
+    return inside_of(read_blocks(model, as_batch(batch), blocks))
+
+
+def read_blocks(
+    model: nn.Module, batch: Batch, blocks: str | Sequence[nn.Module] | None = None
+) -> ReadStack | ReadPair:
+    """Return what the blocks of a model compute and where that is in it; arguments and errors as :func:`read_model`."""
     check_weights(model)
-    ready = as_batch(batch)
     with without_multipliers(model):
-        pair = read_pair(model, ready) if blocks is None else None
-        if pair is not None:
-            return _inside(pair)
-        read = read_stack(model, ready, blocks)
+        pair = read_pair(model, batch) if blocks is None else None
+        return read_stack(model, batch, blocks) if pair is None else pair
+
+
+def inside_of(read: ReadStack | ReadPair) -> ModelInside | EncoderDecoderInside:
+    """Return what was read as data."""
+    if isinstance(read, ReadPair):
+        return _inside(read)
     return ModelInside(names=read.stack.names, spec=read.spec, tokens=read.tokens, own_factors=read.own_factors())
 
 
@@ -209,15 +219,15 @@ def expect_pair(pair: ReadPair | None) -> ReadPair:
 
 @contextmanager
 def without_multipliers(model: nn.Module) -> Iterator[None]:
-    """Take the residual multipliers out of a model and put them back on the way out."""
-    inserted = [(module, hook.residual_factor) for module, hook in multipliers_in(model)]
-    for _, hook in multipliers_in(model):
-        hook.remove()
+    """Let a model run without its residual multipliers for a while; the hooks stay where they are."""
+    hooks = [hook for _, hook in multipliers_in(model) if not hook.muted]
+    for hook in hooks:
+        hook.muted = True
     try:
         yield
     finally:
-        for module, factor in inserted:
-            ResidualMultiplier(module, factor)
+        for hook in hooks:
+            hook.muted = False
 
 
 def read_stack(model: nn.Module, batch: Batch, blocks: str | Sequence[nn.Module] | None) -> ReadStack:

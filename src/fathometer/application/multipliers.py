@@ -32,16 +32,22 @@ class ResidualMultiplier:
     It survives ``copy.deepcopy`` and ``pickle`` together with its module, and adds nothing to ``state_dict``.
 
     Attributes:
-        residual_factor: The factor.
+        muted: Whether the output is passed on as it is.
     """
 
     def __init__(self, module: nn.Module, factor: float) -> None:
-        self.residual_factor = factor
+        self._factor = factor
+        self.muted = False
         self._handle: RemovableHandle = module.register_forward_hook(self)
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Return the module's output, multiplied."""
-        return _scaled_first(output, self.residual_factor)[0]
+        """Return the module's output, multiplied; nothing while muted, which leaves it the very same tensor."""
+        return None if self.muted else _scaled_first(output, self._factor)[0]
+
+    @property
+    def residual_factor(self) -> float:
+        """What outputs are multiplied by at the moment: one while muted."""
+        return 1.0 if self.muted else self._factor
 
     def remove(self) -> None:
         """Detach from the module; a second call does nothing."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,15 +12,16 @@ import torch
 from torch import nn
 
 from fathometer.application.ends import EndDrawn, Ends, draw_ends, plan_ends
-from fathometer.application.initialize import Applied, AppliedEncoderDecoder, write_spec
-from fathometer.application.initialize_widths import WidthsApplied, initialize_widths
-from fathometer.application.inside import EncoderDecoderInside, ModelInside, read_model
+from fathometer.application.inside import EncoderDecoderInside, ModelInside, inside_of, read_blocks
 from fathometer.application.multipliers import ResidualMultiplier
+from fathometer.application.widths import WidthsApplied, initialize_widths
+from fathometer.application.writing import Applied, AppliedEncoderDecoder, write_read
 from fathometer.errors import SpecError, nearest
 from fathometer.measurement.batches import as_batch, default_batch
 from fathometer.models.roles import read_roles
 from fathometer.prescription import SCHEMES, SchemePlan, apply_scheme, scheme_options
 from fathometer.prescription.plans import EncoderDecoderPlan
+from fathometer.prescription.schemes import UNIT_SCHEMES
 from fathometer.prescription.width_scaling import SCALINGS
 from fathometer.spec import (
     CrossAttention,
@@ -35,9 +37,6 @@ from fathometer.spec import (
 )
 from fathometer.spec.fields import NORM_SLOTS
 
-#: Schemes that say something about stem and head.
-_WITH_ENDS = ("deepscalelm", "deepscalelm-simple")
-
 
 class DoubleScalingWarning(UserWarning):
     """The model's own code scales its branches already; its factors are divided out of the scheme's."""
@@ -52,32 +51,50 @@ class Initialized:
         blocks: What was written into the blocks, see :class:`~fathometer.application.Applied`; of an encoder-decoder,
             what was written into each stack.
         ends: What was drawn outside of them.
-        head_multiplier: Module whose output is multiplied, and the factor; ``None`` where there is none.
+        head_multipliers: Modules of a tied head whose outputs are multiplied, and the factors.
         notes: What was left alone, and what to know.
     """
 
     plan: SchemePlan | EncoderDecoderPlan
     blocks: Applied | AppliedEncoderDecoder
     ends: tuple[EndDrawn, ...]
-    head_multiplier: tuple[str, float] | None
+    head_multipliers: tuple[tuple[str, float], ...]
     notes: tuple[str, ...]
-    _hook: ResidualMultiplier | None = field(repr=False, compare=False, default=None)
+    _hooks: tuple[ResidualMultiplier, ...] = field(repr=False, compare=False, default=())
 
     def table(self) -> str:
-        """Return one line per weight outside the blocks, then the table of the blocks, then the notes."""
+        """Return one line per weight outside the blocks, the table of the blocks, the formulas, and the notes."""
         width = max((len(row.parameter.key) for row in self.ends), default=0)
         lines = [
             f"{row.parameter.role:<20}  {row.parameter.key:<{width}}  {row.std:.6g}  {row.reason}" for row in self.ends
         ]
-        if self.head_multiplier is not None:
-            lines.append("output of {} times {:.6g}".format(*self.head_multiplier))
-        return "\n".join([*lines, *([""] if lines else []), self.blocks.table(), *self.notes])
+        lines += [f"output of {name} times {factor:.6g}" for name, factor in self.head_multipliers]
+        why = [f"{', '.join(roles)}: {reason}" for reason, roles in self.reasons().items()]
+        notes = dict.fromkeys([*self.plan_notes(), *self.notes])
+        return "\n".join([*lines, *([""] if lines else []), self.blocks.table(), "", *why, *notes])
+
+    def reasons(self) -> dict[str, tuple[str, ...]]:
+        """Return the formulas of the blocks' weights, each with the roles it is for."""
+        rows = [row for plan in self._plans for row in plan.rows]
+        by_reason: dict[str, dict[str, None]] = {}
+        for row in rows:
+            by_reason.setdefault(row.reason, {})[row.role] = None
+        return {reason: tuple(roles) for reason, roles in by_reason.items()}
+
+    def plan_notes(self) -> tuple[str, ...]:
+        """Return the choices and limits of the scheme on this architecture."""
+        both = self.plan.notes if isinstance(self.plan, EncoderDecoderPlan) else ()
+        return tuple(dict.fromkeys([*(note for plan in self._plans for note in plan.notes), *both]))
+
+    @property
+    def _plans(self) -> tuple[SchemePlan, ...]:
+        return (self.plan.encoder, self.plan.decoder) if isinstance(self.plan, EncoderDecoderPlan) else (self.plan,)
 
     def remove(self) -> None:
         """Take all multipliers out of the model again; the weights stay as drawn."""
         self.blocks.remove()
-        if self._hook is not None:
-            self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
 
 
 def initialize(
@@ -98,7 +115,8 @@ def initialize(
     What the scheme needs to know is read off the model: its architecture, the number of tokens and their cosine at the
     first block behind the new stem (of both stacks of an encoder-decoder), the second moment of what a patch map is
     given, and the rate of the blocks' dropout modules if they have one rate. Parameters and ``state_dict`` keys stay as
-    they are, and a call with the same seed gives the same weights.
+    they are, and a call with the same seed gives the same weights (of a width scaling, with given ``base_stds``).
+    Frozen parameters stay.
 
     Args:
         model: A torch module with residual blocks.
@@ -124,6 +142,7 @@ def initialize(
         BatchError: for a batch that does not fit, or none for a model without a known configuration.
     """
     if scheme in SCALINGS:
+        _check_width_options(scheme, options, on_conflict)
         ready = default_batch(model) if batch is None else as_batch(batch)
         return initialize_widths(
             model, scheme, batch=ready.inputs, seed=seed, blocks=blocks, overrides=overrides, **options
@@ -131,7 +150,7 @@ def initialize(
     if scheme not in SCHEMES:
         raise SpecError(f"there is no scheme {scheme!r}{nearest(scheme, [*SCHEMES, *SCALINGS])}")
     ready = default_batch(model) if batch is None else as_batch(batch)
-    with_ends = scheme in _WITH_ENDS
+    with_ends = scheme in UNIT_SCHEMES
     roles = read_roles(model, ready.inputs, blocks=blocks, overrides=overrides) if with_ends else None
     notes: list[str] = []
     ends = Ends()
@@ -143,43 +162,52 @@ def initialize(
     before = [(row.parameter, row.parameter.of(tensor).detach().clone()) for row, tensor in ends.places(model)]
     try:
         draw_ends(model, ends, seed)
-        read = read_model(model, ready, blocks)
+        blocks_read = read_blocks(model, ready, blocks)
+        read = inside_of(blocks_read)
         _warn_of_double_scaling(model, read.own_factors)
         usual = _usual_options(read)
         accepted = scheme_options(scheme, type(read.spec))
         wanted = {name: value for name, value in usual.items() if name in accepted}
         plan: SchemePlan | EncoderDecoderPlan = apply_scheme(_rounded(read.spec), scheme, **(wanted | options))
-        applied: Applied | AppliedEncoderDecoder
-        if isinstance(plan, EncoderDecoderPlan):
-            applied = write_spec(model, ready, plan.spec, seed=seed, on_conflict=on_conflict)
-        else:
-            applied = write_spec(model, ready, plan.spec, seed=seed, blocks=blocks, on_conflict=on_conflict)
+        applied = write_read(model, blocks_read, plan.spec, seed=seed, on_conflict=on_conflict)
     except BaseException:
         parameters = dict(model.named_parameters())
         with torch.no_grad():
             for row, values in before:
                 row.of(parameters[row.parameter]).copy_(values)
         raise
-    hook = (
-        None
-        if ends.multiplier is None
-        else ResidualMultiplier(model.get_submodule(ends.multiplier[0]), ends.multiplier[1])
-    )
+    hooks = tuple(ResidualMultiplier(model.get_submodule(name), factor) for name, factor in ends.multipliers)
     for name, tokens in (("r0", "n_tokens"), ("r0_memory", "n_memory")):
         if name in wanted and name not in options:
             where = "the first block" if name == "r0" else "the encoder's first block"
             notes.append(
                 f"{name} = {wanted[name]:.4g}, the cosine of {wanted[tokens]} tokens of {ready.label} at {where}"
             )
-    notes += [*_start_notes(read), *_score_notes(read)] if with_ends else []
+    notes += _start_notes(read) if with_ends else []
     return Initialized(
         plan=plan if isinstance(plan, EncoderDecoderPlan) else replace(plan, stem=ends.stem, head=ends.head),
         blocks=applied,
         ends=ends.rows,
-        head_multiplier=ends.multiplier,
+        head_multipliers=ends.multipliers,
         notes=tuple(notes),
-        _hook=hook,
+        _hooks=hooks,
     )
+
+
+def _check_width_options(scheme: str, options: Mapping[str, Any], on_conflict: str) -> None:
+    """Refuse options a width scaling does not have, and a call without those it needs."""
+    if on_conflict != "raise":
+        raise SpecError(f"on_conflict belongs to schemes that set layers one by one, not to {scheme!r}")
+    parameters = inspect.signature(initialize_widths).parameters
+    known = {name for name in parameters if name not in ("model", "scheme", "batch", "seed", "blocks", "overrides")}
+    for option in options:
+        if option not in known:
+            raise SpecError(f"the scheme {scheme!r} has no option {option!r}{nearest(option, known)}")
+    missing = [name for name in ("base_width", "base_stds") if name not in options]
+    if missing:
+        raise SpecError(
+            f"the scheme {scheme!r} scales from a base width: give {' and '.join(missing)}, see initialize_widths"
+        )
 
 
 def _usual_options(read: ModelInside | EncoderDecoderInside) -> dict[str, Any]:
@@ -200,21 +228,6 @@ def _start_notes(read: ModelInside | EncoderDecoderInside) -> list[str]:
         f"the stream enters {where} with second moment {tokens.q:.3g}, not one: the model's code scales it in front"
         for where, tokens in stacks.items()
         if not 0.6 < tokens.q < 1.6
-    ]
-
-
-def _score_notes(read: ModelInside | EncoderDecoderInside) -> list[str]:
-    """Say where the model's code leaves scores undivided, as T5 does: unit queries and keys then attend sharply."""
-    spec = read.spec
-    stacks = (spec.encoder, spec.decoder) if isinstance(spec, EncoderDecoder) else (spec,)
-    branches = [sublayer.branch for stack in stacks for block in stack.blocks for sublayer in block.sublayers]
-    factors = [float(b.score_multiplier) for b in branches if isinstance(b, (SelfAttention, CrossAttention))]
-    top = max(factors, default=1.0)
-    if top < 1.5:
-        return []
-    return [
-        f"the model's code multiplies scores by {top:.3g} beyond 1/sqrt(d_head): queries and keys of scale one make "
-        f"logits of variance about {top**2:.3g}, and attention that sharp amplifies gradients"
     ]
 
 

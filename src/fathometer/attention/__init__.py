@@ -22,7 +22,15 @@ from fathometer.attention.joint_rows import (
     ScoreResponse,
 )
 from fathometer.attention.matched import Matched, matched, matched_to_memory
-from fathometer.attention.mixing import AnnealedMixing, FixedMixing, Mixing, UniformMixing, Visibility, WholeMemory
+from fathometer.attention.mixing import (
+    AnnealedMixing,
+    FixedMixing,
+    Mixing,
+    UniformMixing,
+    Visibility,
+    WholeMemory,
+    diagonal_part,
+)
 from fathometer.attention.named import CLOSURES, DEFAULT_CLOSURE, as_closure
 from fathometer.attention.random_energy import (
     RandomEnergy,
@@ -73,6 +81,7 @@ __all__ = [
     "condensation",
     "cosine_heterogeneity",
     "critical_beta",
+    "diagonal_part",
     "exact_value_path",
     "few_head_average",
     "matched",

@@ -21,9 +21,11 @@ from numpy.typing import NDArray
 
 from fathometer.attention.closure import Annealed, Closure, Uniform
 from fathometer.attention.matched import matched_to_memory
-from fathometer.attention.mixing import AnnealedMixing, WholeMemory
+from fathometer.attention.mixing import AnnealedMixing, WholeMemory, diagonal_part
 
 FloatArray = NDArray[np.float64]
+
+_SMALLEST = 1e-300  # in place of the size of tokens of zeros, whose scores are all zero
 
 
 class CrossRows:
@@ -47,38 +49,39 @@ class CrossRows:
         self._score: Any = 0.0
         beta_factor: Any = 0.0
         if not isinstance(closure, Uniform):
-            correlation = queries / np.sqrt(size[..., :, None] * size[..., None, :])
+            root = np.sqrt(np.maximum(size, _SMALLEST))
+            correlation = queries / (root[..., :, None] * root[..., None, :])
             factors = matched_to_memory(closure, self._n_keys, self.variance, correlation)
             beta_factor = 1.0 if isinstance(closure, Annealed) else factors.beta_factor
             self._score = 0.0 if isinstance(closure, Annealed) and not closure.score_path else factors.score
         self._mixing = AnnealedMixing(WholeMemory(), memory, coupling, beta_factor=beta_factor, query_gram=queries)
 
-    def forward(self, gram: FloatArray, *, lost: Any = 0.0) -> FloatArray:
+    def forward(self, gram: FloatArray, *, dropout_variance: Any = 0.0) -> FloatArray:
         """Return the Gram matrix over queries of averages of tokens with Gram matrix ``gram`` over the memory.
 
         Args:
             gram: Shape ``(..., N, N)``.
-            lost: Variance ``p / (1 - p)`` that dropout gives attention weights, relative to their squares.
+            dropout_variance: Variance ``p / (1 - p)`` that dropout gives attention weights, relative to their squares.
         """
         mixed = self._mixing.forward(gram)
-        if np.any(lost):
-            mixed = mixed + lost * _diagonal_part(self._mixing.forward(_diagonal_part(gram)))
+        if np.any(dropout_variance):
+            mixed = mixed + dropout_variance * diagonal_part(self._mixing.forward(diagonal_part(gram)))
         return mixed
 
-    def to_queries(self, gradient: FloatArray, *, lost: Any = 0.0) -> FloatArray:
+    def to_queries(self, gradient: FloatArray, *, dropout_variance: Any = 0.0) -> FloatArray:
         """Map the gradient Gram matrix at the attention output to that at the tokens that ask, ``(..., n, n)``."""
         own = gradient * self._response(self._memory)
-        if np.any(lost):
-            own = own + lost * _diagonal_part(gradient) * self._response(_diagonal_part(self._memory))
+        if np.any(dropout_variance):
+            own = own + dropout_variance * diagonal_part(gradient) * self._response(diagonal_part(self._memory))
         return np.asarray(self._coupling * self._score * own)
 
-    def to_memory(self, gradient: FloatArray, *, lost: Any = 0.0) -> FloatArray:
+    def to_memory(self, gradient: FloatArray, *, dropout_variance: Any = 0.0) -> FloatArray:
         """Map the gradient Gram matrix at the attention output to that at the memory; shape ``(..., N, N)``."""
         total = self._to_keys(gradient, self._memory) + self._mixing.backward(gradient)
-        if np.any(lost):
-            noise = _diagonal_part(gradient)
-            keys = self._to_keys(noise, _diagonal_part(self._memory))
-            total = total + lost * (keys + _diagonal_part(self._mixing.backward(noise)))
+        if np.any(dropout_variance):
+            noise = diagonal_part(gradient)
+            keys = self._to_keys(noise, diagonal_part(self._memory))
+            total = total + dropout_variance * (keys + diagonal_part(self._mixing.backward(noise)))
         return total
 
     def row_overlap(self) -> FloatArray:
@@ -108,7 +111,3 @@ class CrossRows:
 def _centred(gram: FloatArray) -> FloatArray:
     rows = gram - gram.mean(axis=-1, keepdims=True)
     return np.asarray(rows - rows.mean(axis=-2, keepdims=True))
-
-
-def _diagonal_part(gram: FloatArray) -> FloatArray:
-    return np.asarray(gram * np.eye(gram.shape[-1]))

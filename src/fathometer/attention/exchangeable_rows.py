@@ -26,6 +26,8 @@ from fathometer.errors import DomainError
 
 FloatArray = NDArray[np.float64]
 
+_SMALLEST = 1e-300  # in place of the size of tokens of zeros, whose scores are all zero
+
 
 @dataclass(frozen=True)
 class ExchangeableRows:
@@ -60,7 +62,7 @@ class ExchangeableRows:
             if abs(gram[0, 0] - gram[1, 1]) > 1e-9 * gram[0, 0]:
                 raise DomainError(f"exchangeable tokens have equal mean squares; got {gram[0, 0]:g} and {gram[1, 1]:g}")
         q, p = scores[0, 0], scores[0, 1]
-        found = self.closure.statistics(self.n_tokens, coupling * q * max(q - p, 0.0), p / q)
+        found = self.closure.statistics(self.n_tokens, coupling * q * max(q - p, 0.0), p / max(q, _SMALLEST))
         sensitivity = (values[0, 0] - values[0, 1]) * _block(found.score, found.score_pair)
         entropy, participation = (np.full(2, float(x)) for x in (found.entropy, found.y2))
         mixing = ExchangeableMixing(_block(found.y2, found.y12), self.n_tokens)

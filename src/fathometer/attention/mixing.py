@@ -23,6 +23,11 @@ FloatArray = NDArray[np.float64]
 _DIGITS = 22.0  # the interpolation errs by less than e^-22, 3e-10
 
 
+def diagonal_part(gram: FloatArray) -> FloatArray:
+    """Return the matrix with everything off the diagonal set to zero; shape ``(..., n, n)``."""
+    return np.asarray(gram * np.eye(gram.shape[-1]))
+
+
 class Mixing(Protocol):
     """The pair (map, adjoint); arrays of shape ``(..., n_tokens, n_tokens)``."""
 

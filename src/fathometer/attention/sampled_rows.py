@@ -60,11 +60,12 @@ class SampledRows:
             raise DomainError(f"SampledRows.d_head must be positive, or None for wide heads; got {self.d_head!r}")
 
     def parts(self) -> list[SampledRows]:
-        """Return independent samplers of equal size, one for each replicate."""
+        """Return independent samplers, one for each replicate, whose sizes differ by one head at most."""
+        each, left = divmod(self.n_heads, self.replicates)
         seeds = np.random.SeedSequence(self.seed).generate_state(self.replicates)
         return [
-            SampledRows(n_heads=self.n_heads // self.replicates, seed=int(seed), d_head=self.d_head, replicates=1)
-            for seed in seeds
+            SampledRows(n_heads=each + (i < left), seed=int(seed), d_head=self.d_head, replicates=1)
+            for i, seed in enumerate(seeds)
         ]
 
     def average(self, visible: Visibility, values: FloatArray, scores: FloatArray, coupling: float) -> JointAverages:

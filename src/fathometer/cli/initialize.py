@@ -80,8 +80,8 @@ def _plain(done: Any) -> dict[str, Any]:
     ends = [{"parameter": r.parameter.key, "role": r.parameter.role, "std": r.std} for r in done.ends]
     rows = [{"layer": r.layer, "parameter": r.key, "role": r.role, "std": r.std} for r in done.blocks.rows]
     residual = [{"layer": r.layer, "module": r.module, "factor": r.factor} for r in done.blocks.residual]
-    head = None if done.head_multiplier is None else dict(zip(("module", "factor"), done.head_multiplier, strict=True))
-    notes = [*done.plan.notes, *done.notes, *done.blocks.notes]
+    head = [{"module": module, "factor": factor} for module, factor in done.head_multipliers]
+    notes = list(dict.fromkeys([*done.plan_notes(), *done.notes, *done.blocks.notes]))
     return {
         "schema": 1,
         "scheme": done.plan.name,

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from functools import lru_cache
 from math import pi, sqrt
+from typing import Any
 
 import numpy as np
+from scipy.special import erf, expit, ndtr
 
 from fathometer.errors import SpecError, nearest
 from fathometer.kernels.closed_forms import ErfKernel, GELUKernel, IdentityKernel, ReLUKernel
 from fathometer.kernels.logistic import SiLUKernel, TanhKernel
-from fathometer.kernels.protocol import PairKernel
+from fathometer.kernels.protocol import PairKernel, ScalarFunction
 from fathometer.kernels.quadrature import QuadratureKernel, pointwise_kernel
 from fathometer.spec.arrays import FloatArray
 from fathometer.spec.branches import Activation
@@ -32,6 +34,35 @@ def gelu_tanh_derivative(x: FloatArray) -> FloatArray:
     tanh = np.tanh(_SLOPE * x * (1.0 + _CUBIC * square))
     value: FloatArray = 0.5 * (1.0 + tanh) + (0.5 * _SLOPE) * x * (1.0 - tanh * tanh) * (1.0 + 3.0 * _CUBIC * square)
     return value
+
+
+def normal_density(x: Any) -> Any:
+    """Return the density of a standard Gaussian."""
+    return np.exp(-0.5 * x * x) / sqrt(2 * pi)
+
+
+_FUNCTIONS: dict[str, tuple[ScalarFunction, ScalarFunction]] = {
+    "relu": (lambda x: np.maximum(x, 0.0), lambda x: (x > 0) + 0.5 * (x == 0)),
+    "gelu": (lambda x: x * ndtr(x), lambda x: ndtr(x) + x * normal_density(x)),
+    "gelu_tanh": (gelu_tanh, gelu_tanh_derivative),
+    "silu": (lambda x: x * expit(x), lambda x: expit(x) * (1 + x * expit(-x))),
+    "tanh": (np.tanh, lambda x: 1 - np.tanh(x) ** 2),
+    "erf": (erf, lambda x: 2 / sqrt(pi) * np.exp(-x * x)),
+    "identity": (lambda x: x, np.ones_like),
+}
+
+
+def activation_functions(activation: Activation) -> tuple[ScalarFunction, ScalarFunction]:
+    """Return an activation and its derivative as functions of arrays; at a kink, the mean of both sides.
+
+    Raises:
+        SpecError: if the name is unknown.
+    """
+    if isinstance(activation, Pointwise):
+        return activation.value, activation.derivative
+    if activation not in _FUNCTIONS:
+        raise SpecError(f"activation {activation!r} is unknown{nearest(str(activation), _FUNCTIONS)}")
+    return _FUNCTIONS[activation]
 
 
 _KERNELS: dict[str, PairKernel] = {

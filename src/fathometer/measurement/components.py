@@ -21,13 +21,14 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from fathometer.errors import DomainError
+from fathometer.errors import DomainError, NotCoveredError
 from fathometer.measurement.statistics import token_moments
 from fathometer.models.reference import activation_module, norm_module
 from fathometer.models.seeding import named_generator
 from fathometer.spec import (
     MLP,
     Activation,
+    CrossAttention,
     GatedMLP,
     Head,
     LayerNorm,
@@ -80,18 +81,27 @@ def simulate(
     Raises:
         DomainError: for fewer than two seeds.
     """
-    if seeds < 2:
-        raise DomainError(f"a standard error needs at least 2 seeds; got {seeds}", value=seeds)
+    _check_seeds(seeds)
     return estimates([_once(draw, inputs, J, K, named_generator(seed, stream), sequences) for seed in range(seeds)])
 
 
 def simulate_tokens(draw: Callable[[Generator], Tensor], *, seeds: int, stream: str = "stem") -> Estimates:
-    """Measure the moments of tokens that are made from nothing but a generator: those of a stem."""
+    """Measure the moments of tokens that are made from nothing but a generator: those of a stem.
+
+    Raises:
+        DomainError: for fewer than two seeds.
+    """
+    _check_seeds(seeds)
     found = []
     for seed in range(seeds):
         q, p = token_moments(draw(named_generator(seed, stream)))
         found.append({"q": q, "p": p})
     return estimates(found)
+
+
+def _check_seeds(seeds: int) -> None:
+    if seeds < 2:
+        raise DomainError(f"a standard error needs at least 2 seeds; got {seeds}", value=seeds)
 
 
 def estimates(draws: Sequence[dict[str, float]]) -> Estimates:
@@ -157,12 +167,16 @@ def activation(name: Activation) -> Draw:
 
 
 def norm(what: Norm, width: int) -> Draw:
-    """Return a norm; only :class:`~fathometer.spec.LayerNorm` and ``RMSNorm`` take their gain."""
+    """Return a norm with its gain.
+
+    Raises:
+        DomainError: for any but :class:`~fathometer.spec.LayerNorm` and :class:`~fathometer.spec.RMSNorm`.
+    """
+    if not isinstance(what, LayerNorm | RMSNorm):
+        raise DomainError(f"simulated norms are LayerNorm and RMSNorm; got {type(what).__name__}", value=what)
 
     def draw(generator: Generator) -> Map:
         module = norm_module(what, width)
-        if not isinstance(what, LayerNorm | RMSNorm):
-            raise DomainError(f"simulated norms are LayerNorm and RMSNorm; got {type(what).__name__}", value=what)
         gain = float(what.gain)
         return lambda x: gain * module(x)
 
@@ -184,8 +198,17 @@ def gated_unit(gate: float, mlp_in: float, name: Activation, *, width: int, hidd
     return draw
 
 
-def attention(branch: SelfAttention, *, width: int, d_head: int | None = None, projected: bool = True) -> Draw:
-    """Return attention of a map's first argument to its second, or to itself without one."""
+def attention(
+    branch: SelfAttention | CrossAttention, *, width: int, d_head: int | None = None, projected: bool = True
+) -> Draw:
+    """Return attention, of cross attention as a map of the tokens that ask and of the memory, both of one width.
+
+    Raises:
+        NotCoveredError: for biases, normalised queries and keys, centring, shared keys and values, or a memory of
+            another width.
+    """
+    _refuse_uncovered(branch, width)
+    causal = isinstance(branch, SelfAttention) and branch.causal
     size = width // branch.n_heads if d_head is None else d_head
     inner = size * branch.n_heads
 
@@ -200,7 +223,7 @@ def attention(branch: SelfAttention, *, width: int, d_head: int | None = None, p
             seen = x if memory is None else memory
             scores = heads(x, query) @ heads(seen, key).transpose(-1, -2)
             scores = scores * (float(branch.score_multiplier) / size**0.5)
-            if branch.causal:
+            if causal:
                 scores = scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), -math.inf)
             weights = _dropped(scores.softmax(-1), float(branch.attention_dropout), generator)
             return F.linear((weights @ heads(seen, value)).transpose(-3, -2).flatten(-2), output)
@@ -208,6 +231,20 @@ def attention(branch: SelfAttention, *, width: int, d_head: int | None = None, p
         return attend
 
     return draw
+
+
+def _refuse_uncovered(branch: SelfAttention | CrossAttention, width: int) -> None:
+    plain = {
+        "value_bias": (0.0,),
+        "output_bias": (0.0,),
+        "qk_norm": (False,),
+        "centred": (False,),
+        "n_kv_heads": (None, branch.n_heads),
+        "d_memory": (None, width),
+    }
+    for name, accepted in plain.items():
+        if getattr(branch, name, accepted[0]) not in accepted:
+            raise NotCoveredError(f"simulated attention with {name}={getattr(branch, name)!r}")
 
 
 def perceptron(branch: MLP | GatedMLP, *, width: int) -> Draw:

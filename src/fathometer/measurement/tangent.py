@@ -124,7 +124,7 @@ def measure_tangent_kernel(
     """
     check_count("seeds", seeds)
     if isinstance(sketches, bool) or not isinstance(sketches, int) or sketches < 0:
-        raise ModelError(f"sketches must be an integer of at least 0; got {sketches!r}")
+        raise DomainError(f"sketches must be an integer of at least 0; got {sketches!r}", value=sketches)
     if not (np.isfinite(memory) and memory > 0):
         raise DomainError(f"memory must be positive and finite; got {memory}", value=memory)
     outputs = _Outputs(as_batch(batch), read, components, tokens)

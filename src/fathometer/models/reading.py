@@ -163,7 +163,8 @@ def check_weights(model: nn.Module) -> None:
             raise ModelError(
                 f"parameter {name!r} has dtype {parameter.dtype}; accepted: floating point (not quantised)"
             )
-        top = float(torch.linalg.vector_norm(parameter.detach(), torch.inf)) if parameter.numel() else 0.0
+        low, high = torch.aminmax(parameter.detach()) if parameter.numel() else (torch.zeros(()), torch.zeros(()))
+        top = max(-float(low), float(high))
         if not math.isfinite(top):
             raise ModelError(f"parameter {name!r} holds NaN or infinity")
         if parameter.ndim >= 2:

@@ -42,14 +42,14 @@ from fathometer.observables.jacobian import Gradients, backward, forward
 from fathometer.observables.model_moments import moments
 from fathometer.observables.moment_laws import exponential_gradients, linear_growth, sharp_scores
 from fathometer.observables.prediction import predict, profile_of
-from fathometer.observables.tangent import ROLES, TangentKernel, tangent_kernel
+from fathometer.observables.tangent import TANGENT_ROLES, TangentKernel, tangent_kernel
 from fathometer.observables.weight_gradients import WeightGradients, weight_gradients
 
 __all__ = [
     "MODES",
     "PHASES",
     "READOUTS",
-    "ROLES",
+    "TANGENT_ROLES",
     "AdamWTangentKernel",
     "Criteria",
     "EncoderDecoderGradients",

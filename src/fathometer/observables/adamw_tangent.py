@@ -25,18 +25,15 @@ closed forms are derived in the documentation.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import pi, sqrt
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy.special import erf, expit, ndtr
 
 from fathometer.attention import Uniform, Visibility
-from fathometer.errors import BatchError, DomainError
-from fathometer.kernels.activations import gelu_tanh, gelu_tanh_derivative
-from fathometer.kernels.protocol import ScalarFunction
+from fathometer.errors import BatchError, DomainError, NotCoveredError
+from fathometer.kernels.activations import activation_functions
 from fathometer.kernels.quadrature import standard_normal_grid
 from fathometer.observables.tangent import checked_network
 from fathometer.propagation.gram_half_layer import GramHalfLayer, norm_gram, norm_slope
@@ -48,7 +45,6 @@ from fathometer.spec import (
     GatedMLP,
     LayerNorm,
     Network,
-    Pointwise,
     RMSNorm,
     SelfAttention,
     TokenStem,
@@ -56,21 +52,6 @@ from fathometer.spec import (
 
 _MEAN = sqrt(2 / pi)  # of the size of a standard Gaussian
 _POINTS = 4000  # on either side; kinks cost 1e-6
-
-
-def _normal_density(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.asarray(np.exp(-0.5 * x * x) / sqrt(2 * pi))
-
-
-_FUNCTIONS: dict[str, tuple[ScalarFunction, ScalarFunction]] = {
-    "relu": (lambda x: np.maximum(x, 0.0), lambda x: (x > 0) + 0.5 * (x == 0)),
-    "gelu": (lambda x: x * ndtr(x), lambda x: ndtr(x) + x * _normal_density(x)),
-    "gelu_tanh": (gelu_tanh, gelu_tanh_derivative),
-    "silu": (lambda x: x * expit(x), lambda x: expit(x) * (1 + x * expit(-x))),
-    "tanh": (np.tanh, lambda x: 1 - np.tanh(x) ** 2),
-    "erf": (erf, lambda x: 2 / sqrt(pi) * np.exp(-x * x)),
-    "identity": (lambda x: x, np.ones_like),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +98,7 @@ def adamw_tangent_kernel(
         The kernels of weights, biases and the gains of LayerNorm and RMSNorm. Cost: O(n_layers), milliseconds.
     Raises:
         BatchError: for more than one token.
+        NotCoveredError: for norms that act on each entry, behind which neither tokens nor gradients are Gaussian.
         DomainError: for ``n_out`` below one.
         SpecError, NotCoveredError: see :func:`tangent_kernel`.
 
@@ -130,6 +112,7 @@ def adamw_tangent_kernel(
     checked_network(network, norm_epsilon)
     if isinstance(n_out, bool) or not isinstance(n_out, int) or n_out < 1:
         raise DomainError(f"n_out must be an integer >= 1; got {n_out!r}", value=n_out)
+    _refuse_pointwise_norms(network)
     stem = stem_gram(network.stem, tokens=tokens, patches=patches)
     if stem.gram.size != 1:
         raise BatchError(f"the tangent kernel of AdamW is known for one token; got {len(stem.gram)}")
@@ -160,6 +143,7 @@ def _add_head(network: Network, stem: StemGram, gram: Any, n_out: int, epsilon: 
     """Add the groups of head and final norm; return the squared response of an output to the stream."""
     head, token = network.head, gram
     slope = 1.0
+    assert head.norm is None or isinstance(head.norm, (LayerNorm, RMSNorm))  # others are refused
     if head.norm is not None:
         token = norm_gram(head.norm, gram, epsilon=epsilon)
         slope = float(norm_slope(head.norm, gram, epsilon=epsilon)[0, 0])
@@ -174,9 +158,22 @@ def _add_head(network: Network, stem: StemGram, gram: Any, n_out: int, epsilon: 
     add("head_bias", None, 1 / sqrt(n_out))
     if head.norm is not None:
         add("norm_bias", None, _MEAN * sqrt(scale))
-        if isinstance(head.norm, (LayerNorm, RMSNorm)):
-            add("norm_gain", None, _MEAN**2 * sqrt(scale * float(token[0, 0])) / head.norm.gain)
+        unit = norm_gram(replace(head.norm, gain=1.0), gram, epsilon=epsilon)
+        add("norm_gain", None, _MEAN**2 * sqrt(scale * float(unit[0, 0])))
     return scale * slope
+
+
+def _refuse_pointwise_norms(network: Network) -> None:
+    norms = [network.head.norm]
+    for block in network.trunk.blocks:
+        for sublayer in block.sublayers:
+            norms += [sublayer.input_norm, sublayer.output_norm, sublayer.stream_norm]
+    for norm in norms:
+        if norm is not None and not isinstance(norm, (LayerNorm, RMSNorm)):
+            raise NotCoveredError(
+                f"the tangent kernel of AdamW behind {type(norm).__name__}: what leaves a norm that acts on each entry "
+                "is not Gaussian; LayerNorm and RMSNorm are covered"
+            )
 
 
 def _input_size(role: str, patches: Any) -> float:
@@ -228,8 +225,6 @@ def _perceptron_sizes(branch: Any, token: float, reach: float) -> Iterator[tuple
 
 def _mean_sizes(activation: Activation, q: float) -> tuple[float, float]:
     """Return E|f(u)| and E|f'(u)| for u of mean square q."""
-    value, slope = (
-        (activation.value, activation.derivative) if isinstance(activation, Pointwise) else _FUNCTIONS[activation]
-    )
     nodes, weights = standard_normal_grid(_POINTS)
-    return tuple(float(weights @ np.abs(f(sqrt(q) * nodes))) for f in (value, slope))  # type: ignore[return-value]
+    value, slope = (float(weights @ np.abs(f(sqrt(q) * nodes))) for f in activation_functions(activation))
+    return value, slope

@@ -121,7 +121,7 @@ def stem_state(
         stem: The stem.
         token_overlap: Probability that two tokens of a sequence are equal, for a :class:`~fathometer.spec.TokenStem`:
             :func:`zipf_overlap`, :func:`corpus_overlap` or :func:`count_overlap`.
-        segment_overlap: Probability that they belong to the same segment.
+        segment_overlap: Probability that they belong to the same segment, 1 where there is one.
         patches: Raw moments of the inputs of a :class:`~fathometer.spec.PatchStem` (pixels, spectrogram bins), not
             centred, measured on data.
         n_tokens: Number of tokens with the class token; needed if there is one. Moments are then averages over all
@@ -130,14 +130,16 @@ def stem_state(
         The state; its ``cosine`` is the input correlation.
     Raises:
         SpecError: if a number the stem needs is missing.
-        DomainError: for overlaps outside [0, 1).
+        DomainError: for overlaps that are no probabilities, or tokens that are all equal.
     """
     keep = 1 - stem.dropout
     if isinstance(stem, TokenStem):
         if token_overlap is None:
             raise SpecError("a TokenStem needs token_overlap; zipf_overlap and corpus_overlap compute it")
-        _check_probability("token_overlap", token_overlap)
-        _check_probability("segment_overlap", segment_overlap)
+        if not 0 <= token_overlap < 1:
+            raise DomainError(f"token_overlap must lie in [0, 1); got {token_overlap:g}", value=token_overlap)
+        if not 0 <= segment_overlap <= 1:
+            raise DomainError(f"segment_overlap must lie in [0, 1]; got {segment_overlap:g}", value=segment_overlap)
         token, segment = stem.token**2, stem.segment**2
         q = (token + stem.position**2 + segment) / keep
         return TokenState(q=q, p=token * token_overlap + segment * segment_overlap)
@@ -154,11 +156,6 @@ def _patch_state(stem: PatchStem, patches: TokenState, n_tokens: int | None) -> 
         q = q + (stem.class_token**2 - q) / n_tokens
         p = p * (n_tokens - 2) / n_tokens
     return TokenState(q=(q + stem.position**2) / (1 - stem.dropout), p=p)
-
-
-def _check_probability(name: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise DomainError(f"{name} must lie in [0, 1); got {value:g}", value=value)
 
 
 def _sequences(tokens: Any) -> list[Any]:

@@ -73,6 +73,11 @@ def backward_encoder_decoder(
         layers_log = decoder.log_norm[1:] + np.log(own)
     top = np.max(layers_log, axis=0)
     if not np.all(top > -np.inf):
+        if np.any(matrices[:, 1] != 0):
+            raise DomainError(
+                f"the gradient of a single memory token is zero with the closure {trajectory.decoder.closure!r}, whose "
+                "rows are spread over infinitely many keys; use one of finitely many tokens, such as Exact()"
+            )
         raise DomainError("no gradient reaches the encoder: its output is not read, or read by branches of zero scale")
     weight = np.exp(decoder.log_norm[1:] - top)
     total_own, total_shared = np.sum(weight * own, axis=0), np.sum(weight * shared, axis=0)
@@ -108,7 +113,7 @@ def predict_encoder_decoder(
         closure: How the softmax is averaged, an instance or a name.
     Returns:
         Encoder and decoder. Gradients of both are relative to the decoder's output: ``apjn_log`` for an isotropic
-        gradient there, ``gradient_log`` for a mean-pooled loss.
+        gradient there, ``gradient_log`` for a mean-pooled loss. The ``p`` and ``cosine`` of a single token are zero.
     """
     chosen = as_closure(closure)
     pooled = 1.0 if n_tokens > 1 else 0.0
@@ -156,6 +161,7 @@ def _profile(
     pooled: Gradients,
 ) -> Profile:
     at = block_borders(getattr(spec, stack))
+    p = p if n_tokens > 1 else np.zeros(p.shape)
     curves = {
         "q": q[at],
         "p": p[at],

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fathometer.errors import DomainError
+from fathometer.propagation.trajectory import vanished_gradient
 
 FloatArray = NDArray[np.float64]
 
@@ -42,7 +43,10 @@ def backward(transfer: FloatArray, *, alignment: float | FloatArray = 0.0) -> Gr
         transfer: Matrices of shape ``(n_half, 2, 2, *batch)``.
         alignment: Mean cosine between the output gradients of two tokens: 0 isotropic or one token, 1 pooled.
     Returns:
-        ``log_norm[l] = ln J^{L,l}``. Cost O(n_half * batch); nothing overflows at any depth.
+        ``log_norm[l] = ln J^{L,l}``. Cost O(n_half * batch); nothing overflows at any depth. On a grid, points where
+        nothing passes a sublayer hold minus infinity.
+    Raises:
+        DomainError: for a single stack with a sublayer that lets no gradient through, naming it.
     """
     return _scan(transfer[::-1], alignment, reverse=True)
 
@@ -73,9 +77,13 @@ def _scan(matrices: FloatArray, alignment: float | FloatArray, *, reverse: bool)
     else:
         for i, ((jj, jk), (kj, kk)) in enumerate(matrices):
             growth[i] = jj + jk * ratio
-            ratio = (kj + kk * ratio) / growth[i]
+            ratio = (kj + kk * ratio) / np.where(growth[i] == 0, 1.0, growth[i])
             ratios[i + 1] = ratio
-    log_norm = np.concatenate([np.zeros((1, *batch)), np.cumsum(np.log(growth), axis=0)])
+    if batch == () and np.any(growth == 0):
+        first = int(np.argmax(growth == 0))
+        raise vanished_gradient(n_half - 1 - first if reverse else first)
+    with np.errstate(divide="ignore"):
+        log_norm = np.concatenate([np.zeros((1, *batch)), np.cumsum(np.log(growth), axis=0)])
     if reverse:
         return Gradients(log_norm=log_norm[::-1], alignment=ratios[::-1])
     return Gradients(log_norm=log_norm, alignment=ratios)
@@ -87,7 +95,7 @@ def _scan_scalar(matrices: FloatArray, growth: FloatArray, ratios: FloatArray) -
     gains, out = [], []
     for jj, jk, kj, kk in matrices.reshape(-1, 4).tolist():
         gain = jj + jk * ratio
-        ratio = (kj + kk * ratio) / gain
+        ratio = (kj + kk * ratio) / gain if gain else 0.0
         gains.append(gain)
         out.append(ratio)
     growth[:] = gains

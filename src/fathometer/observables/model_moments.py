@@ -235,9 +235,9 @@ def _places(
     sublayer, x = step.sublayer, record.normed
     weight = sublayer.branch_scale**2
     own, shared = _through_norm(sublayer.stream_norm, record.residual, 1.0, alignment)
-    lost = weight * own / (1 - sublayer.dropout)
+    kept = weight * own / (1 - sublayer.dropout)
     places: dict[str, _Place] = {}
-    at_branch = _through_norm(sublayer.output_norm, record.branch, lost, weight * shared)
+    at_branch = _through_norm(sublayer.output_norm, record.branch, kept, weight * shared)
     uncentred = step.at_branch(record, 1.0, alignment)
     if isinstance(step.map, AttentionMap):
         places |= _attention_places(step.map, x, record.known, uncentred, d_model, others)
@@ -249,7 +249,7 @@ def _places(
         places["input_norm"] = _Place(x.q, x.p, *normed)
     places["branch"] = _Place(*record.branch, *at_branch)
     if sublayer.output_norm is not None:
-        places["output_norm"] = _Place(*_behind_norm(sublayer.output_norm, record.branch), lost, weight * shared)
+        places["output_norm"] = _Place(*_behind_norm(sublayer.output_norm, record.branch), kept, weight * shared)
     places["added"] = _Place(*added, own, shared)
     places["sum"] = _Place(*record.residual, own, shared)
     if sublayer.stream_norm is not None:
@@ -263,8 +263,8 @@ def _attention_places(
     b, n = branch_map.branch, branch_map.n_tokens
     statistics, coupling = known.statistics, known.coupling
     d_head, group = d_model / b.n_heads, b.n_heads / (b.n_kv_heads or b.n_heads)
-    spread, lost = x.q - x.p, branch_map.lost
-    kept = spread + lost * x.q
+    spread, noise = x.q - x.p, branch_map.dropout_variance
+    kept = spread + noise * x.q
     own, shared = b.output**2 * gradient[0], b.output**2 * gradient[1]
     value_bias = b.value_bias**2
     value = Moments(b.value**2 * x.q + value_bias, b.value**2 * x.p + value_bias)
@@ -276,7 +276,7 @@ def _attention_places(
         per_query, per_key = (b.key * b.score_multiplier) ** 2, (b.query * b.score_multiplier) ** 2
     of_key = b.value**2 * per_key * group * (kept * score * x.q * own + others * spread * score_pair * x.p * shared)
     path = branch_map.closure.value_path(n, statistics)
-    own_value = group * ((path.jj + lost * statistics.y2) * own + path.jk * shared)
+    own_value = group * ((path.jj + noise * statistics.y2) * own + path.jk * shared)
     score_rows = b.value**2 * d_head / n
     return {
         "query": _Place(
@@ -293,7 +293,7 @@ def _attention_places(
             score_rows * spread * score_pair * shared,
         ),
         "weights": _Place(
-            statistics.y2 * (1 + lost) / n,
+            statistics.y2 * (1 + noise) / n,
             statistics.y12 / n,
             d_head * value.q * own,
             d_head * value.q * shared,

@@ -41,7 +41,7 @@ def predict(
         gram: Overlaps ``x_a . x_b / d``, shape ``(*samples, n_tokens, n_tokens)``; curves average over samples.
         closure: How the softmax is averaged, an instance or a name.
     Returns:
-        Curves over layers, ``source="theory"``.
+        Curves over layers, ``source="theory"``; ``p`` and ``cosine`` of a single token are zero.
 
     >>> from fathometer.spec import preset
     >>> profile = predict(preset("vit", n_layers=24), n_tokens=196, q=0.27, p=0.11)
@@ -72,6 +72,7 @@ def profile_of(trajectory: Trajectory | GramTrajectory) -> Profile:
     pooled = backward(trajectory.transfer, alignment=1.0 if trajectory.n_tokens > 1 else 0.0)
     ahead = forward(trajectory.transfer, trajectory.n_others)
     q, p = trajectory.q[at], trajectory.p[at]
+    p = p if trajectory.n_tokens > 1 else np.zeros(p.shape)
     curves = {
         "q": q,
         "p": p,

@@ -26,12 +26,12 @@ from fathometer.errors import BatchError, DomainError, NotCoveredError, SpecErro
 from fathometer.propagation.gram_half_layer import norm_gram, norm_slope
 from fathometer.propagation.stem import StemGram, stem_gram
 from fathometer.propagation.tangent import Group, propagate_tangent
-from fathometer.spec import Network, PointwiseNorm, SelfAttention, TokenStem, array_fields
+from fathometer.spec import Network, PointwiseNorm, SelfAttention, TokenStem, refuse_arrays
 
 FloatArray = NDArray[np.float64]
 
 #: Roles of parameters that have a tangent kernel.
-ROLES = (
+TANGENT_ROLES = (
     "token_embedding",
     "patch_embedding",
     "position_embedding",
@@ -75,7 +75,8 @@ class TangentKernel:
             stem, head and final norm.
         output_se, group_se, role_se: Standard errors over replicates; zero unless attention was sampled.
         n_samples: Number of samples.
-        n_tokens: Number of tokens of each.
+        n_tokens: Number of tokens of each; where two of them stand for many that are all alike, that number, and not
+            the size of the matrices.
     """
 
     output: FloatArray
@@ -260,22 +261,14 @@ def _error(replicates: FloatArray) -> FloatArray:
 
 def checked_network(network: Network, epsilon: float) -> None:
     """Refuse networks whose fields are arrays, and an epsilon that is negative or not finite."""
-    for where, array in array_fields(network.trunk):
-        raise SpecError(f"a tangent kernel needs single numbers; {where} is an array of shape {array.shape}")
-    for part in (network.stem, network.head):
-        for name, value in vars(part).items():
-            if np.ndim(value):
-                raise SpecError(
-                    f"a tangent kernel needs single numbers; {type(part).__name__}.{name} is an array of shape "
-                    f"{np.shape(value)}"
-                )
+    refuse_arrays(network, "a tangent kernel", "network")
     if not (np.isfinite(epsilon) and epsilon >= 0):
         raise DomainError(f"norm_epsilon must be finite and >= 0; got {epsilon!r}", value=epsilon)
 
 
 def _check_rates(rates: Mapping[str, float]) -> None:
     for role, rate in rates.items():
-        if role not in ROLES:
-            raise SpecError(f"there is no parameter role {role!r}{nearest(role, ROLES)}")
+        if role not in TANGENT_ROLES:
+            raise SpecError(f"there is no parameter role {role!r}{nearest(role, TANGENT_ROLES)}")
         if not (np.isfinite(rate) and rate >= 0):
             raise DomainError(f"the learning-rate factor of {role!r} must be finite and >= 0; got {rate!r}", value=rate)

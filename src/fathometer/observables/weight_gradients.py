@@ -179,7 +179,7 @@ def _attention_norms(branch_map: AttentionMap, x: Moments, known: Attending, pai
     """Return squared norms over ``n_tokens * d_model**2``, by role."""
     b, statistics = branch_map.branch, known.statistics
     spread = x.q - x.p
-    kept = spread + branch_map.lost * x.q
+    kept = spread + branch_map.dropout_variance * x.q
     mixed, mixed_pair = x.p + kept * statistics.y2, x.p + spread * statistics.y12
     scores = (b.score_multiplier * b.value * b.output) ** 2 * spread
     scores = scores * paired(kept * x.q * statistics.score, spread * x.p * statistics.score_pair)

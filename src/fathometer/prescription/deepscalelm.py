@@ -9,15 +9,15 @@ import numpy as np
 from fathometer.errors import DomainError, SpecError, nearest
 from fathometer.prescription.plans import (
     EncoderDecoderPlan,
-    Rule,
     SchemePlan,
     Setting,
     every_sublayer,
     fan_in,
     paired,
+    plan_of,
     planned,
 )
-from fathometer.prescription.unit_branches import ReferenceRule, RefinedRule, residual_factors
+from fathometer.prescription.unit_branches import reference_settings, refined_settings, residual_factors
 from fathometer.propagation import Memory
 from fathometer.propagation.encoder_decoder import normed_moments
 from fathometer.spec import MLP, EncoderDecoder, Sublayer, Transformer
@@ -34,6 +34,7 @@ def deepscalelm(
     alpha: float = 1.0,
     count: str = "layers",
     dropout: float | None = None,
+    embedding_dropout: float | None = None,
     reference: bool = False,
 ) -> SchemePlan:
     r"""Let every branch add unit second moment to a stream of unit second moment.
@@ -43,8 +44,9 @@ def deepscalelm(
               \mathrm{var}\,W_{V,O} = \frac1d \sqrt{\frac{1 - p}{a_v}}
 
     with the dropout rate p and the second moment a_v of attention with unit value and output scales. Queries and keys
-    have scale one. A ReLU MLP has equal deviations in both matrices, ``var W = sqrt(2 (1-p) / (d d_mlp))``; of any
-    other, the first matrix (and a gate) has scale one and the second brings its output to ``1 - p``.
+    have scale one, or, where the code multiplies scores beyond ``1/sqrt(d_head)``, what gives scores unit variance.
+    A ReLU MLP has equal deviations in both matrices, ``var W = sqrt(2 (1-p) / (d d_mlp))``; of any other, the first
+    matrix (and a gate) has scale one and the second brings its output to ``1 - p``.
 
     By default a_v is computed by the recursion of this library with exact softmax averages, at the cosine of the
     tokens in front of each attention, for any activation and norm. ``reference`` uses the published leading order
@@ -57,12 +59,14 @@ def deepscalelm(
 
     Args:
         spec: The architecture.
-        r0: Cosine of two tokens' embeddings, before dropout, which lowers it by ``1 - dropout``.
+        r0: Cosine of two tokens' embeddings, before dropout on them, which lowers it by one minus the rate.
         n_tokens: Number of tokens; needed unless ``reference``.
         k, alpha: Of beta.
         count: Whether N is the number of ``"layers"`` or of ``"blocks"``, that is of sublayers.
-        dropout: Rate on embeddings and on what each branch adds, which becomes that of the spec; by default the
-            spec's own. Dropout on attention weights is the spec's.
+        dropout: Rate on what each branch adds, which becomes that of the spec; by default the spec's own. Dropout on
+            attention weights is the spec's.
+        embedding_dropout: Rate on embeddings; by default ``dropout`` if given, else that of the stem of a
+            :class:`~fathometer.spec.Network`, else that of the branches.
         reference: Whether to use the published recurrence.
     Raises:
         DomainError: for an option outside its range, or attention whose output vanishes.
@@ -70,12 +74,13 @@ def deepscalelm(
     """
     rate, beta_squared = common_rate(spec, dropout), _branch_share(spec, k, alpha, count)
     _check_unit("r0", r0)
-    rule: Rule
+    first = rate if embedding_dropout is None else embedding_dropout
+    _check_unit("embedding_dropout", first, open_end=True)
     if reference:
-        rule = ReferenceRule(spec, r0, beta_squared, rate)
+        settings, _ = reference_settings(spec, r0 * (1 - first), beta_squared, rate)
     else:
-        rule = RefinedRule(spec, r0, _given("n_tokens", n_tokens), beta_squared, rate)
-    return planned("deepscalelm", spec, rule, _notes(spec, beta_squared, k, count, rate, reference))
+        settings, _ = refined_settings(spec, r0 * (1 - first), _given("n_tokens", n_tokens), beta_squared, rate)
+    return plan_of("deepscalelm", spec, settings, _notes(spec, beta_squared, k, count, first, reference))
 
 
 def deepscalelm_encoder_decoder(
@@ -107,25 +112,25 @@ def deepscalelm_encoder_decoder(
         n_tokens, n_memory: Number of tokens of each; needed unless ``reference``.
         k, alpha, count, dropout, reference: As in :func:`deepscalelm`.
     """
-    first = r0 if r0_memory is None else r0_memory
+    r0_memory = r0 if r0_memory is None else r0_memory
     _check_unit("r0", r0)
-    _check_unit("r0_memory", first)
+    _check_unit("r0_memory", r0_memory)
     encoder, decoder = spec.encoder, spec.decoder
     shares = [_branch_share(stack, k, alpha, count) for stack in (encoder, decoder)]
     rates = [common_rate(stack, dropout) for stack in (encoder, decoder)]
-    below: RefinedRule | ReferenceRule
-    above: RefinedRule | ReferenceRule
+    first, second = r0_memory * (1 - rates[0]), r0 * (1 - rates[1])
     if reference:
-        below = ReferenceRule(encoder, first, shares[0], rates[0])
-        lower = planned("deepscalelm", encoder, below, _notes(encoder, shares[0], k, count, rates[0], reference))
-        above = ReferenceRule(decoder, r0, shares[1], rates[1], r_memory=below.r)
+        below, r_memory = reference_settings(encoder, first, shares[0], rates[0])
+        above, _ = reference_settings(decoder, second, shares[1], rates[1], r_memory=r_memory)
     else:
         keys = _given("n_memory", n_memory)
-        below = RefinedRule(encoder, first, keys, shares[0], rates[0])
-        lower = planned("deepscalelm", encoder, below, _notes(encoder, shares[0], k, count, rates[0], reference))
-        memory = Memory(normed_moments(spec.memory_norm, below.stream), keys, decoder.d_model / encoder.d_model)
-        above = RefinedRule(decoder, r0, _given("n_tokens", n_tokens), shares[1], rates[1], memory)
-    upper = planned("deepscalelm", decoder, above, _notes(decoder, shares[1], k, count, rates[1], reference))
+        below, stream = refined_settings(encoder, first, keys, shares[0], rates[0])
+        memory = Memory(normed_moments(spec.memory_norm, stream), keys, decoder.d_model / encoder.d_model)
+        above, _ = refined_settings(decoder, second, _given("n_tokens", n_tokens), shares[1], rates[1], memory)
+    lower, upper = (
+        plan_of("deepscalelm", stack, settings, _notes(stack, share, k, count, rate, reference))
+        for stack, settings, share, rate in zip((encoder, decoder), (below, above), shares, rates, strict=True)
+    )
     note = (
         f"N counts the {count} of each stack on its own (a choice); the gradient at the encoder's output is the sum "
         "over the decoder's layers."
@@ -168,7 +173,7 @@ def _branch_share(spec: Transformer, k: float, alpha: float, count: str) -> floa
         raise DomainError(f"k must be positive and finite; got {k!r}", value=k)
     if not (math.isfinite(alpha) and alpha >= 0):
         raise DomainError(f"alpha must be finite and >= 0; got {alpha!r}", value=alpha)
-    number = spec.n_layers if count == "layers" else sum(len(b.sublayers) * b.repeat for b in spec.blocks)
+    number = _number(spec, count)
     with np.errstate(over="ignore"):
         share = float(k / np.float_power(number, alpha))
     if share >= 1:
@@ -178,6 +183,11 @@ def _branch_share(spec: Transformer, k: float, alpha: float, count: str) -> floa
             value=share,
         )
     return share
+
+
+def _number(spec: Transformer, count: str) -> int:
+    """Return the N of beta^2."""
+    return spec.n_layers if count == "layers" else sum(len(b.sublayers) * b.repeat for b in spec.blocks)
 
 
 def common_rate(spec: Transformer, dropout: float | None) -> float:
@@ -205,8 +215,10 @@ def _check_unit(name: str, value: float, *, open_end: bool = False) -> None:
         raise DomainError(f"{name} must lie in [0, 1{')' if open_end else ']'}; got {value!r}", value=value)
 
 
-def _notes(spec: Transformer, beta_squared: float, k: float, count: str, dropout: float, reference: bool) -> list[str]:
-    notes = [*_stability_notes(spec, beta_squared, k, count), *_stream_notes(spec, dropout)]
+def _notes(
+    spec: Transformer, beta_squared: float, k: float, count: str, embedding_dropout: float, reference: bool
+) -> list[str]:
+    notes = [*_stability_notes(spec, beta_squared, k, count), *_stream_notes(spec, embedding_dropout)]
     if reference:
         notes.append(
             "Published leading order: a_v = r. It loses what attention to single tokens adds, (1-r) E sum A^2."
@@ -226,13 +238,13 @@ def _notes(spec: Transformer, beta_squared: float, k: float, count: str, dropout
 def _stability_notes(spec: Transformer, beta_squared: float, k: float, count: str) -> list[str]:
     attentions = sum(b.repeat * sum(s.is_attention for s in b.sublayers) for b in spec.blocks)
     lowest = attentions * math.log1p(-beta_squared)
-    limit = k * attentions / spec.n_layers
-    power = "e^-k" if attentions == spec.n_layers else f"e^-{limit / k:g}k"
+    share = attentions / _number(spec, count)
+    power = "e^-k" if share == 1 else f"e^-{share:g}k"
     return [
         f"lambda^2 = {1 - beta_squared:.6g}, beta^2 = {beta_squared:.6g}, N counts {count} (a choice).",
         "Where MLPs pass gradients with a gain of at least one, the mean square of gradients falls by no more than "
-        f"(1 - beta^2)^{attentions} = e^{lowest:.4g} from output to input; with N layers and alpha = 1 that tends to "
-        f"{power} = {math.exp(-limit):.4g}.",
+        f"(1 - beta^2)^{attentions} = e^{lowest:.4g} from output to input; for many layers and alpha = 1 that tends to "
+        f"{power} = {math.exp(-k * share):.4g}.",
     ]
 
 

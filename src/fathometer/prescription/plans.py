@@ -134,7 +134,14 @@ Rule = Callable[[int, Sublayer], Setting]
 
 
 def planned(name: str, spec: Transformer, rule: Rule, notes: Sequence[str]) -> SchemePlan:
-    """Apply a rule to every sublayer in order of depth; layers that come out alike share one block."""
+    """Apply a rule to every sublayer; layers that come out alike share one block."""
+    settings = [rule(layer, sublayer) for layer, block in enumerate(spec.layers()) for sublayer in block.sublayers]
+    return plan_of(name, spec, settings, notes)
+
+
+def plan_of(name: str, spec: Transformer, settings: Sequence[Setting], notes: Sequence[str]) -> SchemePlan:
+    """Set what is given for every sublayer in order of depth; layers that come out alike share one block."""
+    following = iter(settings)
     blocks: list[Block] = []
     rows: list[Row] = []
     residual: list[tuple[float, float]] = []
@@ -143,7 +150,7 @@ def planned(name: str, spec: Transformer, rule: Rule, notes: Sequence[str]) -> S
     for layer, block in enumerate(spec.layers()):
         sublayers = []
         for j, sublayer in enumerate(block.sublayers):
-            setting = rule(layer, sublayer)
+            setting = next(following)
             scales: dict[str, Any] = {
                 role: std * math.sqrt(fan_in(spec, sublayer, role)) for role, std in setting.stds.items()
             }

@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fathometer.attention import DEFAULT_CLOSURE
-from fathometer.errors import DomainError, SpecError, nearest
+from fathometer.errors import DomainError, NotCoveredError, SpecError, nearest
 from fathometer.observables import backward
 from fathometer.prescription.plans import SchemePlan, every_sublayer
 from fathometer.prescription.schemes import SCHEMES, apply_scheme, scheme_options
-from fathometer.propagation import Moments, check_moments, propagate_gram
+from fathometer.propagation import Moments, StreamOverflowError, check_moments, propagate_gram
 from fathometer.propagation.exchangeable import HalfLayer, Record
-from fathometer.spec import Sublayer, Transformer, array_fields, with_field
+from fathometer.spec import Sublayer, Transformer, refuse_arrays, with_field
 
 FloatArray = NDArray[np.float64]
 
@@ -31,7 +31,8 @@ class ComparisonRow:
 
     Attributes:
         scheme: Its name.
-        status: ``"ok"``, ``"undefined"`` (on this architecture, see ``reason``) or ``"overflow"`` (of the stream).
+        status: ``"ok"``, ``"undefined"`` (on this architecture), ``"not covered"`` (what the scheme makes of it has no
+            theory here) or ``"overflow"`` (of the stream).
         reason: Why there are no numbers.
         q_final: Second moment of the stream after the last residual sum, in front of a norm there.
         q_spread: Largest over smallest such second moment, of the input too unless norms follow the sums.
@@ -93,7 +94,8 @@ def compare_schemes(
         One row a scheme. Cost at 1000 layers: 0.2 s a scheme, or that of full Gram matrices for a causal spec.
     Raises:
         SpecError, DomainError: for an unknown scheme, an option none of them has, or moments no tokens can have. A
-            scheme that is not defined on this architecture is a row that says so.
+            scheme that is not defined on this architecture, whose result the theory does not cover, or under which the
+            stream overflows is a row that says so.
     """
     start = check_moments(n_tokens, q, p)
     if np.ndim(start.q):
@@ -104,8 +106,7 @@ def compare_schemes(
     for option in options:
         if option not in known:
             raise SpecError(f"none of these schemes has an option {option!r}{nearest(option, known)}")
-    for where, array in array_fields(spec):
-        raise SpecError(f"a scheme needs single numbers; {where} is an array of shape {array.shape}")
+    refuse_arrays(spec, "a scheme")
     if "dropout" in options:
         spec = with_field(spec, "dropout", options["dropout"])
     given = {"r0": max(p / q, 0.0), "n_tokens": n_tokens, **options}
@@ -115,6 +116,8 @@ def compare_schemes(
             plan = apply_scheme(spec, name, **{key: given[key] for key in given if key in accepted[name]})
         except (SpecError, DomainError) as error:
             rows.append(ComparisonRow(scheme=name, status="undefined", reason=str(error)))
+        except NotCoveredError as error:
+            rows.append(ComparisonRow(scheme=name, status="not covered", reason=str(error)))
         else:
             rows.append(_predicted(plan, spec, n_tokens, Moments(float(q), float(p))))
     return Comparison(rows=tuple(rows), n_tokens=n_tokens, q=float(q), p=float(p))
@@ -124,8 +127,10 @@ def _predicted(plan: SchemePlan, spec: Transformer, n_tokens: int, start: Moment
     try:
         with np.errstate(over="ignore", invalid="ignore"):
             curves = (_causal_curves if spec.is_causal else _curves)(plan.spec, spec, n_tokens, start)
-    except OverflowError as error:
+    except StreamOverflowError as error:
         return ComparisonRow(scheme=plan.name, status="overflow", reason=str(error))
+    except NotCoveredError as error:
+        return ComparisonRow(scheme=plan.name, status="not covered", reason=str(error))
     ends = np.cumsum([len(block.sublayers) for block in spec.layers()])
     borders = np.concatenate([[0], ends])
     counted = spec.blocks[0].sublayers[0].stream_norm is None  # else the input is no sum in front of a norm
@@ -162,7 +167,7 @@ def _curves(planned: Transformer, spec: Transformer, n_tokens: int, stream: Mome
             for step in steps:
                 stream, _, record = step.forward(stream)
                 if not record.residual.q < _OVERFLOW:
-                    raise OverflowError(f"the stream overflows at sublayer {len(records)}")
+                    raise StreamOverflowError(f"the stream overflows at sublayer {len(records)}")
                 records.append(record)
                 sublayers.append(step.sublayer)
     transfer = np.empty((len(records), 2, 2))
@@ -192,7 +197,7 @@ def _causal_curves(planned: Transformer, spec: Transformer, n_tokens: int, start
     skips = np.array([sublayer.skip_scale for sublayer in every_sublayer(planned)], dtype=np.float64)
     sums = skips**2 * own[:-1] + np.trace(trajectory.added, axis1=-2, axis2=-1) / n_tokens
     if not np.all(sums < _OVERFLOW):
-        raise OverflowError(f"the stream overflows at sublayer {int(np.argmin(sums < _OVERFLOW))}")
+        raise StreamOverflowError(f"the stream overflows at sublayer {int(np.argmin(sums < _OVERFLOW))}")
     shared = (trajectory.grams[-1].sum() / n_tokens - own[-1]) / (n_tokens - 1) if n_tokens > 1 else 0.0
     return _Curves(sums, apjn, pooled[0], shared / own[-1])
 

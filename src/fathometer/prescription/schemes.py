@@ -16,7 +16,6 @@ from typing import Any, overload
 
 from fathometer.errors import SpecError, nearest
 from fathometer.prescription.deepscalelm import (
-    common_rate,
     deepscalelm,
     deepscalelm_encoder_decoder,
     deepscalelm_simple,
@@ -35,7 +34,7 @@ from fathometer.prescription.published_schemes import (
     xavier,
 )
 from fathometer.prescription.unit_ends import unit_head, unit_stem
-from fathometer.spec import EncoderDecoder, Network, Transformer, array_fields
+from fathometer.spec import EncoderDecoder, Network, Transformer, refuse_arrays
 
 _END_OPTIONS = ("input_second_moment", "input_fan_in")
 
@@ -80,8 +79,7 @@ def apply_scheme(
     missing = [option for option, required in known.items() if required and option not in options]
     if missing:
         raise SpecError(f"the scheme {name!r} needs {' and '.join(missing)}")
-    for where, array in array_fields(spec):
-        raise SpecError(f"a scheme needs single numbers; {where} is an array of shape {array.shape}")
+    refuse_arrays(spec, "a scheme")
     if isinstance(spec, EncoderDecoder):
         return PAIRED[name](spec, **options) if name in PAIRED else _each_stack(spec, name, options)
     if isinstance(spec, Network):
@@ -96,7 +94,7 @@ def scheme_options(name: str, kind: type = Transformer) -> dict[str, bool]:
     scheme = PAIRED.get(name, SCHEMES[name]) if kind is EncoderDecoder else SCHEMES[name]
     parameters = list(inspect.signature(scheme).parameters.values())[1:]
     options = {parameter.name: parameter.default is parameter.empty for parameter in parameters}
-    return options | (dict.fromkeys(_END_OPTIONS, False) if kind is Network and name in _UNIT else {})
+    return options | (dict.fromkeys(_END_OPTIONS, False) if kind is Network and name in UNIT_SCHEMES else {})
 
 
 #: Every scheme by name.
@@ -121,16 +119,20 @@ PAIRED: dict[str, Callable[..., EncoderDecoderPlan]] = {
     "deepnorm": deepnorm_encoder_decoder,
 }
 
-_UNIT = ("deepscalelm", "deepscalelm-simple")  # schemes that set stem and head
+#: Schemes that set stem and head too.
+UNIT_SCHEMES = ("deepscalelm", "deepscalelm-simple")
 
 
 def _with_ends(network: Network, name: str, options: dict[str, Any]) -> SchemePlan:
     inside = {key: value for key, value in options.items() if key not in _END_OPTIONS}
+    chosen = [options[key] for key in ("embedding_dropout", "dropout") if options.get(key) is not None]
+    rate = chosen[0] if chosen else float(network.stem.dropout)
+    if "embedding_dropout" in scheme_options(name):
+        inside["embedding_dropout"] = rate
     plan = SCHEMES[name](network.trunk, **inside)
-    if name not in _UNIT:
+    if name not in UNIT_SCHEMES:
         kept = "The stem and the head keep their scales: this scheme is stated for the blocks."
         return replace(plan, network=replace(network, trunk=plan.spec), notes=(*plan.notes, kept))
-    rate = common_rate(plan.spec, None)
     ends = {key: value for key, value in options.items() if key in _END_OPTIONS}
     stem, stem_rows = unit_stem(network.stem, dropout=rate, **ends)
     head, head_rows = unit_head(network.head, stem, d_model=network.trunk.d_model)

@@ -34,9 +34,10 @@ def unit_stem(
             spectrogram.
         input_fan_in: Their number in a patch; without it the map has a scale and no standard deviation.
     Raises:
-        DomainError: for a second moment that is not positive, or a fan-in below one.
+        DomainError: for a rate outside ``[0, 1)``, a second moment that is not positive, or a fan-in below one.
         SpecError: for either of a stem without patches.
     """
+    _check_rate(dropout)
     if isinstance(stem, TokenStem):
         if (input_second_moment, input_fan_in) != (None, None):
             raise SpecError("input_second_moment and input_fan_in belong to a PatchStem; this is a TokenStem")
@@ -85,8 +86,7 @@ def unit_front_end(second_moment: float, *, dropout: float = 0.0, position: bool
     [0.45]
     """
     _check_positive("second_moment", second_moment)
-    if not 0 <= dropout < 1:
-        raise DomainError(f"dropout must lie in [0, 1); got {dropout!r}", value=dropout)
+    _check_rate(dropout)
     std = math.sqrt((1 - dropout) / (1 + position))
     factor = std / math.sqrt(second_moment)
     front = EndRow("front_end", None, factor, factor, "its output times sqrt((1-p) / (n_e m)), m its second moment")
@@ -115,6 +115,11 @@ def _unit_patches(
         dropout=dropout,
     )
     return scaled, tuple(rows)
+
+
+def _check_rate(dropout: float) -> None:
+    if not 0 <= dropout < 1:
+        raise DomainError(f"dropout must lie in [0, 1); got {dropout!r}", value=dropout)
 
 
 def _check_positive(name: str, value: float) -> None:

@@ -15,7 +15,7 @@ the neural-tangent scaling, :math:`s=1` the maximal-update one.
 
 Source: E. Dinan, S. Yaida, S. Zhang, arXiv:2304.02034v1, Eqs. 1.25-1.34 (variances), 1.99-1.107 (SGD), 1.108-1.116
 (AdamW), footnote 26 (s), Eqs. 1.91-1.94 (weight decay). The single formula, biases, norms, class tokens, gates, shared
-keys and values, ratios to a base width and the scaling of epsilon are derived in docs/derivations.md. The depth option
+keys and values, ratios to a base width and the scaling of epsilon are derived in the documentation. The depth option
 at s = 1 and exponent 1 is the scheme of N. Dey et al., arXiv:2505.01618 (CompleteP).
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ from fathometer.prescription.width_scaling import (
 )
 
 
-class Exponents(NamedTuple):
+class WidthExponents(NamedTuple):
     """Powers of the width at fixed patch size, number of outputs and MLP ratio."""
 
     variance: float
@@ -41,6 +42,7 @@ class WidthRow:
     Attributes:
         role: The role; rows inside and outside the blocks differ where depth counts.
         in_blocks: Whether these are parameters of a block.
+        fan_in, fan_out: Of the first such parameter. Parameters of one role and other factors have a row of their own.
         factors: Target over base.
         exponents: Powers of the width.
         reason: The formula.
@@ -48,8 +50,10 @@ class WidthRow:
 
     role: str
     in_blocks: bool
+    fan_in: int
+    fan_out: int
     factors: Factors
-    exponents: Exponents
+    exponents: WidthExponents
     reason: str
 
 
@@ -61,7 +65,7 @@ class WidthTable:
         scheme, optimizer: What was asked for.
         d_model, base_width: Target and base; factors are absolute without a base.
         n_layers, base_layers: Blocks of the target and of the base.
-        rows: One per role, the blocks' first.
+        rows: One for each role and distinct factors, the blocks' first.
         output_multiplier: Factor on the logits of a tied head, target over base; an untied head needs none.
         residual_multiplier: Factor on every branch, target over base.
         notes: What else to know.
@@ -78,12 +82,28 @@ class WidthTable:
     residual_multiplier: float
     notes: tuple[str, ...]
 
-    def row(self, role: str, *, in_blocks: bool) -> WidthRow:
-        """Return the row of a role."""
-        for row in self.rows:
-            if (row.role, row.in_blocks) == (role, in_blocks):
-                return row
-        raise SpecError(f"the table has no row {role!r}{nearest(role, {row.role for row in self.rows})}")
+    def row(self, role: str, *, in_blocks: bool, fan_in: int | None = None, fan_out: int | None = None) -> WidthRow:
+        """Return the row of a role.
+
+        Args:
+            role, in_blocks: The role and its place.
+            fan_in, fan_out: Which, where parameters of this role differ in their factors.
+        Raises:
+            SpecError: if there is none, or more than one.
+        """
+        found = [
+            row
+            for row in self.rows
+            if (row.role, row.in_blocks) == (role, in_blocks)
+            and fan_in in (None, row.fan_in)
+            and fan_out in (None, row.fan_out)
+        ]
+        if len(found) > 1:
+            fans = ", ".join(f"{row.fan_in} -> {row.fan_out}" for row in found)
+            raise SpecError(f"the table has several rows {role!r}; say which by fan_in and fan_out: {fans}")
+        if not found:
+            raise SpecError(f"the table has no row {role!r}{nearest(role, {row.role for row in self.rows})}")
+        return found[0]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the table as plain data."""
@@ -94,6 +114,8 @@ class WidthTable:
                 {
                     "role": row.role,
                     "in_blocks": row.in_blocks,
+                    "fan_in": row.fan_in,
+                    "fan_out": row.fan_out,
                     "factors": row.factors._asdict(),
                     "exponents": row.exponents._asdict(),
                     "reason": row.reason,
@@ -103,12 +125,18 @@ class WidthTable:
         }
 
     def table(self) -> str:
-        """Return one line a role: factors on std, rate, decay and epsilon, their exponents, and the reason."""
+        """Return one line a row: factors on std, rate, decay and epsilon, their exponents, and the reason."""
         widths = f"{self.base_width} -> {self.d_model}" if self.base_width else f"{self.d_model}, absolute factors"
         head = f"{self.scheme.name}, {self.optimizer}: width {widths}"
         if self.base_layers != self.n_layers:
             head += f", {self.base_layers} -> {self.n_layers} blocks"
-        names = [("" if row.in_blocks else "outside: ") + row.role for row in self.rows]
+        shared = Counter((row.role, row.in_blocks) for row in self.rows)
+        names = [
+            ("" if row.in_blocks else "outside: ")
+            + row.role
+            + (f" {row.fan_in} -> {row.fan_out}" if shared[row.role, row.in_blocks] > 1 else "")
+            for row in self.rows
+        ]
         width = max(map(len, names), default=0)
         lines = [
             head,
@@ -163,7 +191,7 @@ def width_table(
     check_widths(d_model=d_model, base_width=below_width, n_heads=n_heads, d_head=d_head, fixed=fixed)
     for name, value in (("n_layers", n_layers), ("base_layers", below)):
         check_count(name, value)
-    found: dict[tuple[str, bool], WidthRow] = {}
+    found: dict[tuple[Any, ...], WidthRow] = {}
     for parameter in parameters:
         factors = width_factors(
             parameter,
@@ -181,11 +209,13 @@ def width_table(
         row = WidthRow(
             role=parameter.role,
             in_blocks=parameter.in_blocks,
+            fan_in=parameter.fan_in,
+            fan_out=parameter.fan_out,
             factors=factors,
-            exponents=Exponents(*(math.log2(value) for value in (octave.std**2, octave.rate, octave.epsilon))),
+            exponents=WidthExponents(*(math.log2(value) for value in (octave.std**2, octave.rate, octave.epsilon))),
             reason=_reason(parameter.role, optimizer),
         )
-        found.setdefault((row.role, row.in_blocks), row)
+        found.setdefault((row.role, row.in_blocks, *(f"{factor:.12g}" for factor in factors)), row)
     rows = sorted(found.values(), key=lambda row: (not row.in_blocks, SCALED_ROLES.index(row.role)))
     output = (d_model / (1 if base_width is None else base_width)) ** (-(1 + chosen.s) / 2) if tied else 1.0
     residual = (n_layers / below) ** -chosen.residual_exponent
@@ -258,7 +288,8 @@ def _notes(
     scheme: ScalingScheme,
     fixed: FixedHeads,
 ) -> list[str]:
-    notes = ["lr * weight_decay of every decayed parameter is that of the base; biases and norms are not decayed"]
+    kept = "is one number for all" if base_width is None else "is that of the base"
+    notes = [f"lr * weight_decay of every decayed parameter {kept}; biases and norms are not decayed"]
     if optimizer == "sgd":
         notes.append("eps does not occur in SGD")
     if base_width is not None and base_width > d_model:

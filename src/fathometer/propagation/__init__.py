@@ -13,7 +13,7 @@ from fathometer.propagation.exchangeable import BlockMap, check_moments, check_t
 from fathometer.propagation.gram import GramTrajectory, check_attention, check_gram, propagate_gram
 from fathometer.propagation.stem import StemGram, stem_gram
 from fathometer.propagation.tangent import TangentTrajectory, propagate_tangent
-from fathometer.propagation.trajectory import Trajectory
+from fathometer.propagation.trajectory import StreamOverflowError, Trajectory
 
 __all__ = [
     "Attending",
@@ -27,6 +27,7 @@ __all__ = [
     "Memory",
     "Moments",
     "StemGram",
+    "StreamOverflowError",
     "TangentTrajectory",
     "Trajectory",
     "check_attention",

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from scipy.interpolate import make_interp_spline
 
 from fathometer.attention import Closure
-from fathometer.errors import DomainError, SpecError
 from fathometer.propagation.branch_maps import Moments, attention_bias
 from fathometer.propagation.exchangeable import HalfLayer
-from fathometer.spec import MLP, GatedMLP, LayerNorm, RMSNorm, SelfAttention, Sublayer, Transformer, array_fields
+from fathometer.propagation.trajectory import StreamOverflowError
+from fathometer.spec import MLP, GatedMLP, LayerNorm, RMSNorm, SelfAttention, Sublayer, Transformer, refuse_arrays
 
 FloatArray = NDArray[np.float64]
 _T = TypeVar("_T")
@@ -74,10 +74,7 @@ def alike_layers(spec: Transformer) -> list[AlikeLayers]:
             if found is None:
                 found = known[id(sublayer)] = _structure(sublayer, known)
                 if found is None:
-                    where, array = next(array_fields(spec))
-                    raise SpecError(
-                        f"a stack of layers needs single numbers; {where} is an array of shape {array.shape}"
-                    )
+                    refuse_arrays(spec, "a stack of layers")
             groups.setdefault((position, found), []).append((sublayer, half, layer))
             half += 1
     out = []
@@ -154,7 +151,7 @@ def stream_path(spec: Transformer, *, n_tokens: int, start: Moments, closure: Cl
                 step = steps[key] = _Step(sublayer, n_tokens, closure, size, tables)
             q, p = step(q, p)
             if not (math.isfinite(q) and math.isfinite(p)):
-                raise DomainError(
+                raise StreamOverflowError(
                     f"the stream overflows at sublayer {len(out_q) - 1}: q is {out_q[-1]:.3g} one sublayer before. "
                     "Shorten the stack, scale branches down, or put norms in front of them",
                     value=out_q[-1],

@@ -23,6 +23,7 @@ from fathometer.spec import MLP, CrossAttention, GatedMLP, SelfAttention
 
 #: Beyond this a score variance is taken as overflow.
 LARGEST_VARIANCE = 1e300
+_SMALLEST = 1e-150  # second moment of tokens whose queries and keys are normalised
 
 
 class Moments(NamedTuple):
@@ -49,19 +50,14 @@ class AttentionMap:
     closure: Closure
 
     @property
-    def lost(self) -> Any:
-        """Variance that dropout gives every kept attention weight, relative to its square: ``p / (1 - p)``."""
-        return self.branch.attention_dropout / (1 - self.branch.attention_dropout)
+    def dropout_variance(self) -> Any:
+        """Variance that dropout gives every attention weight, relative to its square."""
+        return dropout_variance(self.branch.attention_dropout)
 
     def inspect(self, x: Moments, *, entropy: bool = False) -> Attending:
         """Return what the maps below need of the normed tokens."""
         coupling = effective_coupling(self.branch, x.q)
-        variance = coupling * x.q * np.maximum(x.q - x.p, 0.0)
-        correlation = x.p / x.q
-        if not (np.max(variance, initial=0.0) <= LARGEST_VARIANCE and np.min(x.q, initial=np.inf) > 0):
-            # The stream overflows or has vanished, which is reported by whoever carries it.
-            known = (variance <= LARGEST_VARIANCE) & np.isfinite(correlation)
-            variance, correlation = np.where(known, variance, 0.0), np.where(known, correlation, 0.0)
+        variance, correlation = row_moments(x, coupling * np.maximum(x.q - x.p, 0.0))
         statistics = self.closure.statistics(self.n_tokens, variance, correlation, entropy=entropy)
         return Attending(statistics, variance, coupling)
 
@@ -75,7 +71,7 @@ class AttentionMap:
             share = gain * spread * np.maximum(y2 - y12, 0.0) / self.n_tokens
             others = self.n_tokens - 1
             return Moments(share * others, -share if others else 0.0 * share)
-        own = x.p + (spread + self.lost * x.q) * y2
+        own = x.p + (spread + self.dropout_variance * x.q) * y2
         return Moments(gain * own + bias, gain * (x.p + spread * y12) + bias)
 
     def transfer(self, x: Moments, known: Attending) -> list[list[Any]]:
@@ -102,12 +98,12 @@ class AttentionMap:
         statistics = known.statistics
         gain = (self.branch.value * self.branch.output) ** 2
         path = self.closure.value_path(self.n_tokens, statistics)
-        own = path.jj + self.lost * statistics.y2
+        own = path.jj + self.dropout_variance * statistics.y2
         if isinstance(statistics.score, float) and statistics.score == 0.0:
             return [[gain * own, gain * path.jk], [gain * path.kj, gain * path.kk]]
         others = self.n_tokens - 1
         spread = x.q - x.p
-        s = known.coupling * (spread + self.lost * x.q) * statistics.score
+        s = known.coupling * (spread + self.dropout_variance * x.q) * statistics.score
         sc = known.coupling * spread * statistics.score_pair
         back = x.q * s / others if others else 0.0 * s
         return [
@@ -176,11 +172,32 @@ def effective_coupling(branch: SelfAttention | CrossAttention, q: Any) -> Any:
     """Return ``sigma_QK^2``, the score variance per unit of token overlaps.
 
     With normalised queries and keys the weight scales drop out: the score covariance is that of unit tokens, so the
-    coupling is the squared score multiplier over the squared second moment of a token.
+    coupling is the squared score multiplier over the squared second moment of a token. Tokens of zeros have scores of
+    zero.
     """
     if isinstance(branch, SelfAttention) and branch.qk_norm:
-        return branch.score_multiplier**2 / q**2
+        return branch.score_multiplier**2 / np.maximum(q, _SMALLEST) ** 2
     return (branch.query * branch.key * branch.score_multiplier) ** 2
+
+
+def dropout_variance(rate: Any) -> Any:
+    """Return the variance of inverted dropout's factor, ``p / (1 - p)``."""
+    return rate / (1 - rate)
+
+
+def row_moments(x: Moments, spread: Any) -> tuple[Any, Any]:
+    """Return the variance of a row of scores and the correlation of two rows, zero where the tokens x are zeros.
+
+    Args:
+        x: Moments of the tokens that ask.
+        spread: sigma_QK^2 times the spread of the tokens that are read.
+    """
+    variance = x.q * spread
+    if np.max(variance, initial=0.0) <= LARGEST_VARIANCE and np.min(x.q, initial=np.inf) > 0:
+        return variance, x.p / x.q
+    # The stream overflows or has vanished, which is reported by whoever carries it, or a norm has gain 0.
+    known = (variance <= LARGEST_VARIANCE) & (np.asarray(x.q) > 0)
+    return np.where(known, variance, 0.0), np.where(known, x.p, 0.0) / np.where(known, x.q, 1.0)
 
 
 def attention_bias(branch: SelfAttention | CrossAttention) -> Any:

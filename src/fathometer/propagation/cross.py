@@ -24,11 +24,12 @@ import numpy as np
 from fathometer.attention import Closure, UniformLargeN
 from fathometer.errors import NotCoveredError
 from fathometer.propagation.branch_maps import (
-    LARGEST_VARIANCE,
     Attending,
     Moments,
     attention_bias,
+    dropout_variance,
     effective_coupling,
+    row_moments,
 )
 from fathometer.spec import CrossAttention
 
@@ -44,6 +45,14 @@ class Memory(NamedTuple):
     width_ratio: float = 1.0
 
 
+def check_closure(closure: Closure) -> None:
+    """Refuse a closure that is stated for self-attention only."""
+    if isinstance(closure, UniformLargeN):
+        raise NotCoveredError(
+            "the published large-n average is stated for self-attention; use Uniform() with cross attention"
+        )
+
+
 @dataclass(frozen=True)
 class CrossAttentionMap:
     """Cross attention acting on the moments of the tokens that ask.
@@ -57,26 +66,18 @@ class CrossAttentionMap:
     memory: Memory
 
     def __post_init__(self) -> None:
-        if isinstance(self.closure, UniformLargeN):
-            raise NotCoveredError(
-                "the published large-n average is stated for self-attention; use Uniform() with cross attention"
-            )
+        check_closure(self.closure)
 
     @property
-    def lost(self) -> Any:
-        """Variance that dropout gives every kept attention weight, relative to its square: ``p / (1 - p)``."""
-        return self.branch.attention_dropout / (1 - self.branch.attention_dropout)
+    def dropout_variance(self) -> Any:
+        """Variance that dropout gives every attention weight, relative to its square."""
+        return dropout_variance(self.branch.attention_dropout)
 
     def inspect(self, x: Moments, *, entropy: bool = False) -> Attending:
         """Return what the maps below need of the normed tokens."""
         m = self.memory.moments
         coupling = effective_coupling(self.branch, x.q)
-        variance = coupling * x.q * np.maximum(m.q - m.p, 0.0)
-        correlation = x.p / x.q
-        if not (np.max(variance, initial=0.0) <= LARGEST_VARIANCE and np.min(x.q, initial=np.inf) > 0):
-            # The stream overflows or has vanished, which is reported by whoever carries it.
-            known = (variance <= LARGEST_VARIANCE) & np.isfinite(correlation)
-            variance, correlation = np.where(known, variance, 0.0), np.where(known, correlation, 0.0)
+        variance, correlation = row_moments(x, coupling * np.maximum(m.q - m.p, 0.0))
         statistics = self.closure.statistics(self.memory.n_tokens, variance, correlation, entropy=entropy)
         return Attending(statistics, variance, coupling)
 
@@ -85,7 +86,7 @@ class CrossAttentionMap:
         b, m = self.branch, self.memory.moments
         gain, bias = (b.value * b.output) ** 2, attention_bias(b)
         spread = m.q - m.p
-        own = m.p + (spread + self.lost * m.q) * known.statistics.y2
+        own = m.p + (spread + self.dropout_variance * m.q) * known.statistics.y2
         return Moments(gain * own + bias, gain * (m.p + spread * known.statistics.y12) + bias)
 
     def transfer(self, x: Moments, known: Attending) -> list[list[Any]]:
@@ -116,7 +117,7 @@ class CrossAttentionMap:
         share = self.memory.width_ratio * n / keys
         apart = share / (keys - 1) if keys > 1 else 0.0
         return [
-            [share * (gain * (1 + self.lost) * y2 + own), share * (n - 1) * (gain * y12 + shared)],
+            [share * (gain * (1 + self.dropout_variance) * y2 + own), share * (n - 1) * (gain * y12 + shared)],
             [apart * (gain * (1 - y2) - own), apart * (n - 1) * (gain * (1 - y12) - shared)],
         ]
 
@@ -125,4 +126,5 @@ class CrossAttentionMap:
         m, statistics = self.memory.moments, known.statistics
         weight = (self.branch.value * self.branch.output) ** 2 * known.coupling
         spread = m.q - m.p
-        return weight * (spread + self.lost * m.q) * statistics.score, weight * spread * statistics.score_pair
+        noisy = spread + self.dropout_variance * m.q
+        return weight * noisy * statistics.score, weight * spread * statistics.score_pair

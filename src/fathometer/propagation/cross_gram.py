@@ -19,13 +19,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fathometer.attention import Closure, CrossRows, UniformLargeN, Visibility
-from fathometer.errors import DomainError, NotCoveredError
-from fathometer.propagation.branch_maps import attention_bias, effective_coupling
+from fathometer.attention import Closure, CrossRows, Visibility
+from fathometer.errors import DomainError
+from fathometer.propagation.branch_maps import attention_bias, dropout_variance, effective_coupling
+from fathometer.propagation.cross import check_closure
 from fathometer.propagation.exchangeable import block_borders
-from fathometer.propagation.gram import GramTrajectory, check_gram, propagate_gram
+from fathometer.propagation.gram import GramTrajectory, check_gram, propagate_gram, rescaled_gradient
 from fathometer.propagation.gram_half_layer import GramHalfLayer, norm_gram, norm_slope, with_noise
-from fathometer.spec import CrossAttention, EncoderDecoder, Norm, SelfAttention, Sublayer
+from fathometer.propagation.trajectory import StreamOverflowError
+from fathometer.spec import CrossAttention, EncoderDecoder, Norm, SelfAttention, Sublayer, refuse_arrays
 
 FloatArray = NDArray[np.float64]
 
@@ -75,12 +77,12 @@ class EncoderDecoderGramTrajectory:
         Returns:
             Decoder and encoder; the encoder's last entry sums what all decoder layers send. Rescaled at every step.
         Raises:
-            DomainError: if no gradient reaches the encoder.
+            DomainError: if no gradient reaches the encoder, or none passes a sublayer.
         """
         shape, n_half = self.grams.shape[1:], len(self.added)
         matrices, log_norm = np.empty(self.grams.shape), np.zeros((n_half + 1, *shape[:-2]))
         start = np.eye(shape[-1]) if boundary is None else np.asarray(boundary, dtype=np.float64)
-        matrices[-1], _ = _rescaled(np.broadcast_to(start, shape))
+        matrices[-1], _ = rescaled_gradient(np.broadcast_to(start, shape), n_half)
         total, total_log = np.zeros(self.memory.shape), np.full(shape[:-2], -np.inf)
         build = _DecoderSteps(self.spec, self.memory, shape[-1], self.averaging)
         for half in range(n_half - 1, -1, -1):
@@ -90,7 +92,7 @@ class EncoderDecoderGramTrajectory:
                 sent = step.to_memory(matrices[half + 1])
                 total = total * _factor(total_log - level) + sent * _factor(log_norm[half + 1] - level)
                 total_log = level
-            matrices[half], growth = _rescaled(step.backward(matrices[half + 1]))
+            matrices[half], growth = rescaled_gradient(step.backward(matrices[half + 1]), half)
             log_norm[half] = log_norm[half + 1] + growth
         norm, raw = self.spec.memory_norm, self.encoder.grams[-1]
         at_output = total if norm is None else total * norm_slope(norm, raw)
@@ -121,19 +123,16 @@ class CrossGramHalfLayer:
     ) -> None:
         branch = sublayer.branch
         assert isinstance(branch, CrossAttention)
-        if isinstance(closure, UniformLargeN):
-            raise NotCoveredError(
-                "the published large-n average is stated for self-attention; use Uniform() with cross attention"
-            )
+        check_closure(closure)
         self.sublayer, self._stream, self._width_ratio = sublayer, gram, width_ratio
         self._gain = (branch.value * branch.output) ** 2
-        self._attention_lost = _lost(branch.attention_dropout)
+        self._weight_noise = dropout_variance(branch.attention_dropout)
         normed = _normalised(sublayer.input_norm, gram)
         self._rows = CrossRows(normed, memory, float(effective_coupling(branch, 1.0)), closure)
-        mixed = self._rows.forward(memory, lost=self._attention_lost)
+        mixed = self._rows.forward(memory, dropout_variance=self._weight_noise)
         self._branch = np.asarray(self._gain * mixed + attention_bias(branch))
         out = _normalised(sublayer.output_norm, self._branch)
-        self.added = sublayer.branch_scale**2 * with_noise(out, _lost(sublayer.dropout))
+        self.added = sublayer.branch_scale**2 * with_noise(out, dropout_variance(sublayer.dropout))
         self._residual = sublayer.skip_scale**2 * gram + self.added
         self.output = _normalised(sublayer.stream_norm, self._residual)
         keys = memory.shape[-1]
@@ -149,21 +148,23 @@ class CrossGramHalfLayer:
         """Map the gradient Gram matrix at the sublayer's output to that at its input."""
         skip, weight = self.sublayer.skip_scale**2, self.sublayer.branch_scale**2
         after = gradient * _slope(self.sublayer.stream_norm, self._residual)
-        through = self._gain * self._rows.to_queries(self._at_branch(after), lost=self._attention_lost)
+        through = self._gain * self._rows.to_queries(self._at_branch(after), dropout_variance=self._weight_noise)
         return np.asarray(skip * after + weight * _slope(self.sublayer.input_norm, self._stream) * through)
 
     def to_memory(self, gradient: FloatArray) -> FloatArray:
         """Map the gradient Gram matrix at the sublayer's output to what it adds to that of the memory."""
         weight = self._width_ratio * self.sublayer.branch_scale**2 * self._gain
         after = gradient * _slope(self.sublayer.stream_norm, self._residual)
-        return np.asarray(weight * self._rows.to_memory(self._at_branch(after), lost=self._attention_lost))
+        return np.asarray(weight * self._rows.to_memory(self._at_branch(after), dropout_variance=self._weight_noise))
 
     def row_overlap(self) -> FloatArray:
         """Return, for every query, the mean of ``sum_c A_ac A_bc`` over the other queries."""
         return self._rows.row_overlap()
 
     def _at_branch(self, after: FloatArray) -> FloatArray:
-        return with_noise(after * _slope(self.sublayer.output_norm, self._branch), _lost(self.sublayer.dropout))
+        return with_noise(
+            after * _slope(self.sublayer.output_norm, self._branch), dropout_variance(self.sublayer.dropout)
+        )
 
 
 def propagate_encoder_decoder_gram(
@@ -179,8 +180,10 @@ def propagate_encoder_decoder_gram(
     Returns:
         The trajectory. Cost: that of :func:`~fathometer.propagation.propagate_gram` for each stack.
     Raises:
+        SpecError: for fields that are arrays.
         DomainError: for a matrix that is no Gram matrix, different batches, or a stream that overflows.
     """
+    refuse_arrays(spec, "propagation on full Gram matrices")
     current = check_gram(gram)
     encoder = propagate_gram(spec.encoder, memory_gram, closure=closure)
     memory = _normalised(spec.memory_norm, encoder.grams[-1])
@@ -195,7 +198,7 @@ def propagate_encoder_decoder_gram(
         current = step.output
         if not np.all(np.isfinite(current)):
             level = float(np.max(grams[-1]))
-            raise DomainError(
+            raise StreamOverflowError(
                 f"the stream overflows at sublayer {half}: its largest entry is {level:.3g} one before",
                 value=level,
                 index=(half,),
@@ -244,16 +247,5 @@ def _slope(norm: Norm | None, gram: FloatArray) -> Any:
     return 1.0 if norm is None else norm_slope(norm, gram)
 
 
-def _lost(rate: Any) -> Any:
-    """Return the variance of inverted dropout's factor, ``p / (1 - p)``."""
-    return rate / (1 - rate)
-
-
 def _factor(log: FloatArray) -> FloatArray:
     return np.exp(log)[..., None, None]
-
-
-def _rescaled(matrix: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Return a Gram matrix with mean diagonal one, and the log of what it was divided by."""
-    level = np.trace(matrix, axis1=-2, axis2=-1) / matrix.shape[-1]
-    return matrix / level[..., None, None], np.log(level)

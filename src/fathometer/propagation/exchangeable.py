@@ -42,7 +42,7 @@ from fathometer.propagation.branch_maps import (
     effective_coupling,
 )
 from fathometer.propagation.cross import CrossAttentionMap, Memory
-from fathometer.propagation.trajectory import Trajectory
+from fathometer.propagation.trajectory import StreamOverflowError, Trajectory
 from fathometer.spec import (
     MLP,
     Block,
@@ -369,7 +369,7 @@ def propagate(
 def _refuse_overflow(streams: Sequence[Moments]) -> None:
     first = next(i for i, moments in enumerate(streams) if not np.isfinite(moments.q))
     level = float(streams[first - 1].q)
-    raise DomainError(
+    raise StreamOverflowError(
         f"the stream overflows at sublayer {first - 1} of {len(streams) - 1}: q is {level:.3g} one sublayer before. "
         "Shorten the stack, scale branches down, or put norms in front of them",
         value=level,

@@ -21,7 +21,8 @@ from fathometer.attention import (
 from fathometer.errors import DomainError, NotCoveredError
 from fathometer.propagation.exchangeable import block_borders
 from fathometer.propagation.gram_half_layer import GramHalfLayer
-from fathometer.spec import SelfAttention, Sublayer, Transformer
+from fathometer.propagation.trajectory import StreamOverflowError, vanished_gradient
+from fathometer.spec import SelfAttention, Sublayer, Transformer, refuse_arrays
 
 FloatArray = NDArray[np.float64]
 
@@ -71,18 +72,20 @@ class GramTrajectory:
             Per boundary: ``log_norm`` of shape ``(n_half + 1, *batch)``, the log of the mean square relative to the
             output, and the matrices divided by that mean square, shape ``(n_half + 1, *batch, n, n)``. Rescaled at
             every step: no overflow at any depth.
+        Raises:
+            DomainError: for a gradient of zero, naming the sublayer that lets none through.
         """
         shape, n_half = self.grams.shape[1:], len(self.added)
         out = [(np.zeros((n_half + 1, *shape[:-2])), np.empty(self.grams.shape)) for _ in boundaries]
         for (_, matrices), boundary in zip(out, boundaries, strict=True):
             start = np.eye(self.n_tokens) if boundary is None else np.asarray(boundary, dtype=np.float64)
-            matrices[-1], _ = _rescaled(np.broadcast_to(start, shape))
+            matrices[-1], _ = rescaled_gradient(np.broadcast_to(start, shape), n_half)
         sublayers = [sublayer for block in self.spec.layers() for sublayer in block.sublayers]
         build = _Builder(self.n_tokens, self.averaging, self.mixing, self.n_samples)
         for half in range(n_half - 1, -1, -1):
             step = build(sublayers[half], self.grams[half])
             for log_norm, matrices in out:
-                matrices[half], growth = _rescaled(step.backward(matrices[half + 1]))
+                matrices[half], growth = rescaled_gradient(step.backward(matrices[half + 1]), half)
                 log_norm[half] = log_norm[half + 1] + growth
         return out
 
@@ -154,8 +157,11 @@ def propagate_gram(
         The trajectory. Cost: O(n^2) elementwise work a sublayer, times the number of interpolation nodes for
         annealed attention; memory O(n_half * batch * n^2).
     Raises:
-        DomainError: for a matrix that is no Gram matrix, or attention that is not row-stochastic.
+        SpecError: for fields that are arrays.
+        DomainError: for a matrix that is no Gram matrix, attention that is not row-stochastic, or a stream that
+            overflows.
     """
+    refuse_arrays(spec, "propagation on full Gram matrices")
     current = check_gram(gram)
     n_tokens = current.shape[-1]
     if n_samples < 1 or n_tokens % n_samples:
@@ -177,7 +183,7 @@ def propagate_gram(
             current = step.output
             if not np.all(np.isfinite(current)):
                 level = float(np.max(grams[-1]))
-                raise DomainError(
+                raise StreamOverflowError(
                     f"the stream overflows at sublayer {len(added)}: its largest entry is {level:.3g} one before",
                     value=level,
                     index=(len(added),),
@@ -217,10 +223,29 @@ class _Builder:
         return GramHalfLayer(sublayer, gram, self._closure, self._visible[causal], self._mixing)
 
 
-def _rescaled(matrix: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Return a Gram matrix with mean diagonal one, and the log of what it was divided by."""
+def rescaled_gradient(matrix: FloatArray, half: int) -> tuple[FloatArray, FloatArray]:
+    """Return a gradient's Gram matrix with mean diagonal one, and the log of what it was divided by.
+
+    Args:
+        matrix: At the input of sublayer ``half``, shape ``(..., n, n)``.
+        half: Where; the number of sublayers at the output.
+    Raises:
+        DomainError: if it vanishes.
+    """
     level = _mean_diagonal(matrix)
+    if not np.all(level > 0):
+        raise vanished_gradient(half)
     return matrix / level[..., None, None], np.log(level)
+
+
+def _rescaled(matrix: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Return a perturbation's Gram matrix with mean diagonal one, and the log of what it was divided by.
+
+    A perturbation that nothing is left of stays zero, at a log of minus infinity.
+    """
+    level = _mean_diagonal(matrix)
+    with np.errstate(divide="ignore"):
+        return matrix / np.where(level > 0, level, 1.0)[..., None, None], np.log(level)
 
 
 def _mean_diagonal(matrix: FloatArray) -> FloatArray:

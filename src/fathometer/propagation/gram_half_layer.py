@@ -31,21 +31,25 @@ from fathometer.attention import (
     FixedMixing,
     JointRows,
     Mixing,
+    SampledRows,
     ScorePath,
     ScoreResponse,
     Uniform,
     UniformLargeN,
     UniformMixing,
     Visibility,
+    diagonal_part,
     matched,
 )
 from fathometer.errors import NotCoveredError
 from fathometer.kernels import PairKernel, activation_kernel, norm_kernel
-from fathometer.propagation.branch_maps import attention_bias
+from fathometer.propagation.branch_maps import attention_bias, dropout_variance
 from fathometer.propagation.exchangeable import without_memory
 from fathometer.spec import MLP, GatedMLP, LayerNorm, Norm, RMSNorm, SelfAttention, Sublayer
 
 FloatArray = NDArray[np.float64]
+
+_SMALLEST = 1e-300  # in place of the size of tokens of zeros
 
 
 class GramHalfLayer:
@@ -79,7 +83,7 @@ class GramHalfLayer:
         self._closure = closure
         self._branch = self._attend(mixing) if isinstance(sublayer.branch, SelfAttention) else self._perceive()
         out = self.normalised(sublayer.output_norm, self._branch)
-        self.added = sublayer.branch_scale**2 * with_noise(out, _lost(sublayer.dropout))
+        self.added = sublayer.branch_scale**2 * with_noise(out, dropout_variance(sublayer.dropout))
         self._residual = sublayer.skip_scale**2 * gram + self.added
         self.output = self.normalised(sublayer.stream_norm, self._residual)
 
@@ -87,13 +91,15 @@ class GramHalfLayer:
         """Map the gradient Gram matrix at the sublayer's output to that at its input."""
         rows, columns, after = self._slopes
         gradient = gradient * after
-        through = self._through(with_noise(gradient * columns, _lost(self.sublayer.dropout)), forward=False)
+        through = self._through(with_noise(gradient * columns, dropout_variance(self.sublayer.dropout)), forward=False)
         return np.asarray(self.sublayer.skip_scale**2 * gradient + self.sublayer.branch_scale**2 * rows * through)
 
     def forward(self, tangent: FloatArray) -> FloatArray:
         """Map the Gram matrix of a perturbation of the input to that of the output: the adjoint of :meth:`backward`."""
         rows, columns, after = self._slopes
-        through = with_noise(columns * self._through(rows * tangent, forward=True), _lost(self.sublayer.dropout))
+        through = with_noise(
+            columns * self._through(rows * tangent, forward=True), dropout_variance(self.sublayer.dropout)
+        )
         skip, weight = self.sublayer.skip_scale**2, self.sublayer.branch_scale**2
         return np.asarray(after * (skip * tangent + weight * through))
 
@@ -108,7 +114,7 @@ class GramHalfLayer:
         if isinstance(branch, SelfAttention) and branch.centred:
             tangent = self._centred(tangent)
         weight = self.sublayer.branch_scale**2
-        return np.asarray(after * weight * with_noise(columns * tangent, _lost(self.sublayer.dropout)))
+        return np.asarray(after * weight * with_noise(columns * tangent, dropout_variance(self.sublayer.dropout)))
 
     def normalised(self, norm: Norm | None, gram: FloatArray) -> FloatArray:
         """Return the Gram matrix behind a norm."""
@@ -124,7 +130,7 @@ class GramHalfLayer:
             yield (
                 sublayer.output_norm,
                 self._branch,
-                lambda tangent: np.asarray(after * weight * with_noise(tangent, _lost(sublayer.dropout))),
+                lambda tangent: np.asarray(after * weight * with_noise(tangent, dropout_variance(sublayer.dropout))),
             )
         if sublayer.stream_norm is not None:
             yield sublayer.stream_norm, self._residual, lambda tangent: tangent
@@ -169,8 +175,8 @@ class GramHalfLayer:
 
     @cached_property
     def key_size(self) -> FloatArray:
-        """What normalised queries and keys divide the tokens' overlaps by."""
-        size = np.sqrt(np.diagonal(self._normed, axis1=-2, axis2=-1))
+        """What normalised queries and keys divide the tokens' overlaps by; tokens of zeros stay zeros."""
+        size = np.sqrt(np.maximum(np.diagonal(self._normed, axis1=-2, axis2=-1), _SMALLEST))
         return np.asarray(size[..., :, None] * size[..., None, :])
 
     @cached_property
@@ -219,7 +225,7 @@ class GramHalfLayer:
         if self._scores is not None:
             out = out + self._through_scores(matrix, forward=forward)
         if np.any(branch.attention_dropout):
-            out = out + _lost(branch.attention_dropout) * self._through_noise(matrix, forward=forward)
+            out = out + dropout_variance(branch.attention_dropout) * self._through_noise(matrix, forward=forward)
         if branch.centred and forward:
             out = self._centred(out)
         return np.asarray((branch.value * branch.output) ** 2 * out)
@@ -277,7 +283,9 @@ class GramHalfLayer:
             self.statistics |= mixing.row_statistics(normed.shape[:-1])
         mixed = self._mixing.forward(normed)
         if np.any(branch.attention_dropout):
-            mixed = mixed + _lost(branch.attention_dropout) * diagonal_part(self._mixing.forward(diagonal_part(normed)))
+            mixed = mixed + dropout_variance(branch.attention_dropout) * diagonal_part(
+                self._mixing.forward(diagonal_part(normed))
+            )
         return self._attended(mixed)
 
     def _attended(self, mixed: FloatArray) -> FloatArray:
@@ -292,6 +300,11 @@ class GramHalfLayer:
         assert isinstance(branch, SelfAttention)
         if np.any(branch.attention_dropout):
             raise NotCoveredError(f"dropout on attention weights with {rows.name} averages; use a closure")
+        if branch.qk_norm and isinstance(rows, SampledRows) and rows.d_head is not None:
+            raise NotCoveredError(
+                "normalised queries and keys of sampled heads of finite width: their sizes would have to be divided "
+                "out head by head; use d_head=None"
+            )
         shape = self._normed.shape[-2:]
         if self._normed.size != shape[0] * shape[1]:
             raise NotCoveredError(
@@ -333,19 +346,9 @@ class GramHalfLayer:
         return np.asarray(scale * _overlap(kernel, self._preactivation) * self._normed)
 
 
-def with_noise(gram: FloatArray, lost: Any) -> FloatArray:
-    """Return the Gram matrix of the same vectors under independent multiplicative noise of variance ``lost``."""
-    return gram + lost * diagonal_part(gram) if np.any(lost) else gram
-
-
-def diagonal_part(gram: FloatArray) -> FloatArray:
-    """Return the matrix with everything off the diagonal set to zero; shape ``(..., n, n)``."""
-    return np.asarray(gram * np.eye(gram.shape[-1]))
-
-
-def _lost(rate: Any) -> Any:
-    """Return the variance of inverted dropout's factor, ``p / (1 - p)``."""
-    return rate / (1 - rate)
+def with_noise(gram: FloatArray, variance: Any) -> FloatArray:
+    """Return the Gram matrix of the same vectors under independent multiplicative noise of this variance."""
+    return gram + variance * diagonal_part(gram) if np.any(variance) else gram
 
 
 def norm_gram(norm: Norm, gram: FloatArray, *, epsilon: float = 0.0) -> FloatArray:

@@ -34,9 +34,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fathometer.attention import Closure, JointRows, Visibility
-from fathometer.errors import DomainError, NotCoveredError
+from fathometer.errors import NotCoveredError
 from fathometer.propagation.gram_half_layer import GramHalfLayer
-from fathometer.spec import MLP, GatedMLP, PointwiseNorm, SelfAttention, Transformer
+from fathometer.propagation.trajectory import StreamOverflowError
+from fathometer.spec import MLP, GatedMLP, PointwiseNorm, SelfAttention, Transformer, refuse_arrays
 
 FloatArray = NDArray[np.float64]
 Group = tuple[str, int | None]  # a parameter role, and its layer
@@ -81,9 +82,11 @@ def propagate_tangent(
         the work grows as ``10 n_layers^2`` applications of its map (O(n^2) each for an MLP; O(K n^2) with a closure's K
         interpolation nodes, ``n^2 T^2`` jointly), and memory holds ``20 n_layers`` matrices.
     Raises:
-        NotCoveredError: for branches without a map on full Gram matrices, or fields that are arrays.
+        SpecError: for fields that are arrays.
+        NotCoveredError: for branches without a map on full Gram matrices.
         DomainError: if the stream overflows.
     """
+    refuse_arrays(trunk, "propagation on full Gram matrices", "trunk")
     n = gram.shape[-1]
     visible = {flag: Visibility(n, causal=flag, n_samples=n_samples) for flag in (False, True)}
     current = gram[None]
@@ -106,7 +109,7 @@ def propagate_tangent(
                     stack = np.concatenate([stack, added])
             current = step.output
             if not np.all(np.isfinite(current)):
-                raise DomainError(f"the stream overflows in layer {layer}", index=(layer,))
+                raise StreamOverflowError(f"the stream overflows in layer {layer}", index=(layer,))
     return TangentTrajectory(gram=current[0], kernels=dict(zip(groups, stack, strict=True)))
 
 

@@ -8,9 +8,24 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fathometer.errors import DomainError
 from fathometer.spec import Transformer
 
 FloatArray = NDArray[np.float64]
+
+
+class StreamOverflowError(DomainError):
+    """The stream grows beyond what numbers hold; ``index`` is the sublayer or layer where it does."""
+
+
+def vanished_gradient(half: int) -> DomainError:
+    """Return the error for a gradient of zero at the input of sublayer ``half``."""
+    return DomainError(
+        f"the gradient vanishes in front of sublayer {half}: nothing passes it, as where its skip_scale and the scales "
+        "of its branch are zero",
+        value=0.0,
+        index=(half,),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

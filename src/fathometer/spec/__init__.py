@@ -1,6 +1,6 @@
 """Transformers as data."""
 
-from fathometer.spec.batch import array_fields, at_point, batch_shape, cut_aligned, sliced
+from fathometer.spec.batch import array_fields, at_point, batch_shape, cut_aligned, refuse_arrays, sliced
 from fathometer.spec.branches import (
     ACTIVATIONS,
     MLP,
@@ -69,6 +69,7 @@ __all__ = [
     "load_encoder_decoder",
     "memory_width",
     "preset",
+    "refuse_arrays",
     "scaled_field",
     "sliced",
     "to_dict",

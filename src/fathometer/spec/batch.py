@@ -42,6 +42,20 @@ def array_fields(value: Any, where: str = "spec") -> Iterator[tuple[str, FloatAr
             yield from array_fields(getattr(value, field.name), f"{where}.{field.name}")
 
 
+def refuse_arrays(value: Any, what: str, where: str = "spec") -> None:
+    """Refuse a spec, or a part of one, that is a grid.
+
+    Args:
+        value: The spec.
+        what: Who needs single numbers, for the message.
+        where: What the spec is called there.
+    Raises:
+        SpecError: naming the first array and its shape.
+    """
+    for place, array in array_fields(value, where):
+        raise SpecError(f"{what} needs single numbers; {place} is an array of shape {array.shape}")
+
+
 def at_point(spec: Transformer, shape: tuple[int, ...], place: tuple[Any, ...]) -> Transformer:
     """Return the single transformer at one point of a grid of the given shape."""
     return _mapped(spec, lambda array: float(np.broadcast_to(array, shape)[place]))

@@ -13,6 +13,7 @@ import numpy as np
 from fathometer.errors import SpecError, nearest
 from fathometer.spec.branches import MLP, CrossAttention, GatedMLP, SelfAttention
 from fathometer.spec.encoder_decoder import EncoderDecoder
+from fathometer.spec.network import Network
 from fathometer.spec.norms import Derf, DyT, LayerNorm, PointwiseNorm, RMSNorm
 from fathometer.spec.pointwise import Pointwise
 from fathometer.spec.transformer import Block, Sublayer, Transformer
@@ -83,12 +84,22 @@ def load_encoder_decoder(path: str | Path) -> EncoderDecoder:
 
 
 def dumps_json(spec: Transformer | EncoderDecoder) -> str:
-    """Return the spec as JSON text."""
+    """Return the spec as JSON text.
+
+    Raises:
+        SpecError: for anything else, such as a Network, which has no file form.
+    """
+    _check_writable(spec)
     return json.dumps(to_dict(spec), indent=2, allow_nan=False)
 
 
 def dumps_toml(spec: Transformer | EncoderDecoder) -> str:
-    """Return the spec as TOML text."""
+    """Return the spec as TOML text.
+
+    Raises:
+        SpecError: for anything else, such as a Network, which has no file form.
+    """
+    _check_writable(spec)
     data = to_dict(spec)
     if isinstance(spec, Transformer):
         return "\n".join(_toml_stack(data, "")) + "\n"
@@ -96,6 +107,12 @@ def dumps_toml(spec: Transformer | EncoderDecoder) -> str:
     for name in ("encoder", "decoder"):
         lines += ["", f"[{name}]", *_toml_stack(data[name], f"{name}.")]
     return "\n".join(lines) + "\n"
+
+
+def _check_writable(spec: object) -> None:
+    if not isinstance(spec, (Transformer, EncoderDecoder)):
+        hint = "; write its trunk" if isinstance(spec, Network) else ""
+        raise SpecError(f"a file holds a Transformer or an EncoderDecoder; got {type(spec).__name__}{hint}")
 
 
 def _toml_stack(data: dict[str, Any], prefix: str) -> list[str]:

@@ -26,7 +26,6 @@ class TokenStem:
     position: Scale = 0.0
     segment: Scale = 0.0
     dropout: Scale = 0.0
-    kind: Literal["token_stem"] = "token_stem"
 
     def __post_init__(self) -> None:
         for name in ("token", "position", "segment"):
@@ -49,7 +48,6 @@ class PatchStem:
     position: Scale = 0.0
     class_token: Scale | None = None
     dropout: Scale = 0.0
-    kind: Literal["patch_stem"] = "patch_stem"
 
     def __post_init__(self) -> None:
         for name in ("patch", "position"):
@@ -90,12 +88,22 @@ class Head:
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """A stem, the blocks and a head."""
+    """A stem, the blocks and a head. Lives in Python only: files hold its ``trunk``."""
 
     stem: Stem
     trunk: Transformer
     head: Head = field(default_factory=Head)
 
     def __post_init__(self) -> None:
+        for name, kinds, accepted in (
+            ("stem", (TokenStem, PatchStem), "a TokenStem or PatchStem"),
+            ("trunk", Transformer, "a Transformer"),
+            ("head", Head, "a Head"),
+        ):
+            part = getattr(self, name)
+            if not isinstance(part, kinds):
+                raise SpecError(f"Network.{name} must be {accepted}; got {type(part).__name__}")
+        if self.trunk.has_cross_attention:
+            raise SpecError("Network.trunk has cross attention, which reads a memory; build an EncoderDecoder")
         if self.head.tied and not isinstance(self.stem, TokenStem):
             raise SpecError("a tied head shares the token table of its stem; a PatchStem has none")

@@ -9,7 +9,7 @@ from fathometer.observables.components.blocks import (
     head_map,
 )
 from fathometer.observables.components.composition import Chain, Residual
-from fathometer.observables.components.cross_attention import CrossAttention
+from fathometer.observables.components.cross_attention import CrossAttentionMoments
 from fathometer.observables.components.elementwise import ActivationMap, Dropout, GatedUnit, Linear, relu_of_mean
 from fathometer.observables.components.finite_width import HeadWidth
 from fathometer.observables.components.norms import NormMap, sample_correlation
@@ -21,7 +21,7 @@ __all__ = [
     "Attention",
     "Chain",
     "Component",
-    "CrossAttention",
+    "CrossAttentionMoments",
     "Dropout",
     "FeedForward",
     "Form",

@@ -30,8 +30,8 @@ from fathometer.errors import NotCoveredError, SpecError
 from fathometer.observables.components.finite_width import HeadWidth, selected_direction
 from fathometer.observables.components.state import Form, GradientState, TokenState, check_form
 from fathometer.propagation import GramTrajectory, check_moments, propagate_gram
-from fathometer.propagation.branch_maps import Attending, AttentionMap
-from fathometer.spec import Block, SelfAttention, Sublayer, Transformer
+from fathometer.propagation.branch_maps import Attending, AttentionMap, attention_bias
+from fathometer.spec import Block, SelfAttention, Sublayer, Transformer, refuse_arrays
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +81,9 @@ class Attention:
         check_moments(self.n_tokens, x.q, x.p)
         if self.form != "refined":
             return self._published_forward(x)
+        if self.branch.causal and not self._passes:
+            bias = attention_bias(self._acting)
+            return TokenState(q=bias, p=bias)
         maps, known = self._inspect(x)
         q, p = _averages(self._gram(x).grams[-1]) if self.branch.causal else maps.forward(x.moments, known)
         shift = self._selected(x, known) * x.q
@@ -91,10 +94,11 @@ class Attention:
         check_moments(self.n_tokens, x.q, x.p)
         if self.form != "refined":
             return self._published_backward(g, x)
+        if self.branch.causal and not (self._passes and g.J):
+            return GradientState(J=0.0, K=0.0)
         maps, known = self._inspect(x)
         if self.branch.causal:
-            alignment = g.alignment if g.J else 0.0
-            start = alignment + (1 - alignment) * np.eye(self.n_tokens)
+            start = g.alignment + (1 - g.alignment) * np.eye(self.n_tokens)
             ((log_norm, matrices),) = self._gram(x).backward(start)
             own, shared = _averages(matrices[0] * np.exp(log_norm[0]) * g.J)
         else:
@@ -106,6 +110,12 @@ class Attention:
     @property
     def _corrected(self) -> bool:
         return self.finite_width and not (self.branch.centred or self.branch.qk_norm)
+
+    @property
+    def _passes(self) -> bool:
+        """Whether values reach the output, of a branch with single numbers."""
+        refuse_arrays(self.branch, "attention under a causal mask", "branch")
+        return bool(self._acting.value) and bool(self._acting.output)
 
     @property
     def _averaging(self) -> Closure:

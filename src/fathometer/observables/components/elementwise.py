@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.special import erf, expit, ndtr, owens_t
+from scipy.special import ndtr, owens_t
 
 from fathometer.kernels import activation_kernel
-from fathometer.kernels.activations import gelu_tanh, gelu_tanh_derivative
+from fathometer.kernels.activations import activation_functions, normal_density
 from fathometer.observables.components.finite_width import over_tokens
 from fathometer.observables.components.state import Form, GradientState, TokenState, check_form
-from fathometer.spec import Activation, Pointwise
+from fathometer.spec import Activation
 from fathometer.spec.arrays import Scale, checked, checked_rate
 
 _NODES, _REACH = 801, 9.0  # of the trapezoid rule for activations of a mean; per axis, in standard deviations
@@ -126,7 +126,7 @@ class ActivationMap:
     def _of_mean(self, x: TokenState) -> tuple[dict[str, Any], tuple[Any, Any]]:
         if self.activation == "relu":
             return relu_of_mean(x)
-        value, slope = _functions(self.activation)
+        value, slope = activation_functions(self.activation)
         mean, q, p = _trapezoid(value, x)
         _, own, shared = _trapezoid(slope, x)
         return {"q": q, "p": p, "mean": mean}, (own, shared)
@@ -144,10 +144,10 @@ def relu_of_mean(x: TokenState) -> tuple[dict[str, Any], tuple[Any, Any]]:
 
     Source: moments of a truncated pair of Gaussians, S. Rosenbaum, J. R. Stat. Soc. B 23 (1961) 405.
     """
-    v, r = x.variance, np.clip(x.correlation, -1.0, 1.0)
+    v, r = x.variance, x.correlation
     std = np.sqrt(v)
     a = x.mean / std
-    density, below = np.exp(-0.5 * a * a) / np.sqrt(2 * np.pi), ndtr(a)
+    density, below = normal_density(a), ndtr(a)
     outside = np.maximum(1 + r, _TINY)
     w = np.sqrt((1 - r) / outside)
     both = below - 2 * owens_t(a, w)
@@ -225,24 +225,3 @@ def _trapezoid(function: Callable[[Any], Any], x: TokenState) -> tuple[Any, Any,
     given = function(mean[..., None, None] + np.sqrt(v)[..., None, None] * inner) @ weights
     other = np.where((r < 0)[..., None], given[..., ::-1], given)
     return (single @ weights)[()], (single**2 @ weights)[()], ((given * other) @ weights)[()]
-
-
-def _functions(activation: Activation) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
-    """Return a smooth activation and its derivative."""
-    if isinstance(activation, Pointwise):
-        return activation.value, activation.derivative
-    return _SMOOTH[activation]
-
-
-def _density(x: Any) -> Any:
-    return np.exp(-0.5 * x * x) / np.sqrt(2 * np.pi)
-
-
-_SMOOTH: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
-    "gelu": (lambda x: x * ndtr(x), lambda x: ndtr(x) + x * _density(x)),
-    "gelu_tanh": (gelu_tanh, gelu_tanh_derivative),
-    "silu": (lambda x: x * expit(x), lambda x: expit(x) * (1 + x * expit(-x))),
-    "tanh": (np.tanh, lambda x: 1 - np.tanh(x) ** 2),
-    "erf": (erf, lambda x: 2 / np.sqrt(np.pi) * np.exp(-x * x)),
-    "identity": (lambda x: x, np.ones_like),
-}

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from scipy.special import gammaln, hyp2f1
 
-from fathometer.errors import SpecError
+from fathometer.errors import DomainError, SpecError
 from fathometer.kernels import norm_kernel
 from fathometer.observables.components.state import Form, GradientState, TokenState, check_form
 from fathometer.spec import LayerNorm, Norm, RMSNorm
@@ -80,11 +80,16 @@ class NormMap:
             raise SpecError(f"NormMap.d_model must be at least 5: gradients have no variance below; got {self.d_model}")
 
     def forward(self, x: TokenState) -> TokenState:
-        """See :class:`~fathometer.observables.components.Component`."""
+        """See :class:`~fathometer.observables.components.Component`.
+
+        Raises:
+            DomainError: for tokens without a direction to normalise.
+        """
         if not isinstance(self.norm, LayerNorm | RMSNorm):
             kernel = norm_kernel(self.norm)
             return TokenState(q=kernel.overlap(x.q, x.q, x.q), p=kernel.overlap(x.q, x.q, x.p), mean=kernel.mean(x.q))
         gain = self.norm.gain
+        self._size(x)
         if isinstance(self.norm, RMSNorm) and np.any(x.mean):
             return TokenState(q=gain**2, p=gain**2 * x.cosine, mean=gain * x.mean / np.sqrt(x.q))
         r = x.correlation
@@ -101,10 +106,19 @@ class NormMap:
             return GradientState(
                 J=kernel.slope_overlap(x.q, x.q, x.q) * g.J, K=kernel.slope_overlap(x.q, x.q, x.p) * g.K
             )
-        removed = isinstance(self.norm, LayerNorm)
-        size = x.variance if removed else x.q
+        removed, size = isinstance(self.norm, LayerNorm), self._size(x)
         own, shared = self.norm.gain**2 / size, self.norm.gain**2 / size
         if self.form == "refined" and (removed or not np.any(x.mean)):
             d = self.d_model + (not removed)
             own, shared = own * (d - 2) / (d - 3), shared * inverse_deviations(x.correlation, d)
         return GradientState(J=own * g.J, K=shared * g.K)
+
+    def _size(self, x: TokenState) -> Any:
+        """Return the mean square that LayerNorm and RMSNorm divide by."""
+        size = x.variance if isinstance(self.norm, LayerNorm) else x.q
+        if not np.all(np.asarray(size) > 0):
+            raise DomainError(
+                f"{type(self.norm).__name__} has nothing to divide by: the tokens are zeros or all their mean; got {x}",
+                value=size,
+            )
+        return size

@@ -32,7 +32,7 @@ class TokenState:
     """Moments of tokens: numbers, or arrays that broadcast.
 
     Args:
-        q: Mean square of an entry, positive.
+        q: Mean square of an entry; 0 for tokens of zeros, which have no cosine.
         p: Mean product of the same feature of two tokens, at most ``q``.
         mean: Mean of an entry.
     Raises:
@@ -45,7 +45,7 @@ class TokenState:
 
     def __post_init__(self) -> None:
         q, p, mean = np.broadcast_arrays(*(np.asarray(x, dtype=np.float64) for x in (self.q, self.p, self.mean)))
-        _refuse("q must be finite and positive", q, np.isfinite(q) & (q > 0))
+        _refuse("q must be finite and at least 0", q, np.isfinite(q) & (q >= 0))
         _refuse("mean must satisfy mean^2 <= q", mean, np.square(mean) <= q * (1 + _ROUNDING))
         spread = q - np.square(mean)
         good = np.abs(p - np.square(mean)) <= spread + _ROUNDING * q
@@ -69,13 +69,13 @@ class TokenState:
 
     @property
     def correlation(self) -> Any:
-        """``covariance / variance``, centred."""
-        return self.covariance / self.variance
+        """``covariance / variance``, centred; NaN for tokens without a variance."""
+        return _cosine(self.variance, self.covariance)
 
     @property
     def cosine(self) -> Any:
-        """``p / q``, what a zero-mean matrix behind sees."""
-        return self.p / self.q
+        """``p / q``, what a zero-mean matrix behind sees; NaN for tokens of zeros."""
+        return _cosine(self.q, self.p)
 
     @property
     def moments(self) -> Moments:
@@ -122,6 +122,12 @@ def check_form(owner: object, form: str, accepted: tuple[str, ...] = ("refined",
     """Refuse a form that a component does not have."""
     if form not in accepted:
         raise SpecError(f"{type(owner).__name__}.form must be one of {', '.join(accepted)}; got {form!r}")
+
+
+def _cosine(own: Any, shared: Any) -> Any:
+    """Return the ratio within [-1, 1], which rounding of admitted moments may leave."""
+    with np.errstate(invalid="ignore"):
+        return np.clip(np.true_divide(shared, own), -1.0, 1.0)
 
 
 def _refuse(rule: str, values: Any, good: Any) -> None:

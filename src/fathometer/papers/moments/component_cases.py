@@ -11,7 +11,7 @@ from fathometer.observables.components import (
     ActivationMap,
     Attention,
     Chain,
-    CrossAttention,
+    CrossAttentionMoments,
     Dropout,
     FeedForward,
     GatedUnit,
@@ -35,7 +35,7 @@ from fathometer.papers.moments.component_case import (
     component_case,
     scored_attention,
 )
-from fathometer.spec import MLP, GatedMLP, Head, LayerNorm, PatchStem, RMSNorm, TokenStem
+from fathometer.spec import MLP, CrossAttention, GatedMLP, Head, LayerNorm, PatchStem, RMSNorm, TokenStem
 
 # Declared biases of the refined theory, relative to each quantity.
 SELF = {"*": 0.01, "J": 0.035}
@@ -215,7 +215,7 @@ def _attentions(size: Size) -> list[Case]:
     from fathometer.measurement import components as sim
 
     out = []
-    for label, heads, n, d, s, r, lost, r_g in (
+    for label, heads, n, d, s, r, rate, r_g in (
         ("single-head attention", 1, size.n_tokens, size.d_model, 0.1, 0.3, 0.0, 0.2),
         ("single-head attention", 1, size.n_tokens, size.d_model, 1.0, 0.1, 0.0, 0.0),
         ("single-head attention", 1, size.n_tokens // 2, size.d_model // 2, 1.0, 0.5, 0.1, 0.5),
@@ -229,12 +229,12 @@ def _attentions(size: Size) -> list[Case]:
         ("causal attention", 1, 2 * size.n_tokens, size.d_model, 1.0, 0.5, 0.0, 0.0),
     ):
         causal = label.startswith("causal")
-        branch = scored_attention(s, heads, value=1.1, attention_dropout=lost, causal=causal)
+        branch = scored_attention(s, heads, value=1.1, attention_dropout=rate, causal=causal)
         theory, reference = (
             Attention(branch=branch, n_tokens=n, d_model=d, projected=False, form=form)
             for form in ("refined", "reference")
         )
-        setting = f"n {n}, d {d}, heads {heads}, S {s:g}, r {r:g}" + (f", dropout {lost:g}" if lost else "")
+        setting = f"n {n}, d {d}, heads {heads}, S {s:g}, r {r:g}" + (f", dropout {rate:g}" if rate else "")
         draw = sim.attention(branch, width=d, projected=False)
         out.append(
             component_case(
@@ -259,22 +259,31 @@ def _cross_attentions(size: Size) -> list[Case]:
     from fathometer.measurement.components import Input, attention, simulate
 
     out = []
-    for n, m, s, r, r_m, lost, r_g in (
+    for n, m, s, r, r_m, rate, r_g in (
         (size.n_tokens // 2, size.n_tokens, 1.0, 0.3, 0.2, 0.0, 0.2),
         (size.n_tokens, size.n_tokens // 2, 1.0, 0.5, 0.5, 0.1, 0.1),
         (size.n_tokens, 2 * size.n_tokens, 2.0, 0.1, 0.4, 0.0, 0.3),
     ):
-        branch = scored_attention(s, size.n_heads, value=1.1, attention_dropout=lost)
-        theory = CrossAttention(branch=branch, n_queries=n, n_memory=m, d_model=size.d_model, projected=False)
-        x, memory, g = TokenState(q=1.0, p=r), TokenState(q=1.0, p=r_m), GradientState(J=1.0, K=r_g)
+        branch = CrossAttention(
+            query=s**0.25, key=s**0.25, value=1.1, output=1.0, n_heads=size.n_heads, attention_dropout=rate
+        )
+        theory = CrossAttentionMoments(
+            branch=branch,
+            memory=TokenState(q=1.0, p=r_m),
+            n_queries=n,
+            n_memory=m,
+            d_model=size.d_model,
+            projected=False,
+        )
+        x, g = TokenState(q=1.0, p=r), GradientState(J=1.0, K=r_g)
         draw = attention(branch, width=size.d_model, projected=False)
         inputs = [Input(n, size.d_model, 1.0, r), Input(m, size.d_model, 1.0, r_m)]
-        setting = f"n {n}, memory {m}, S {s:g}, r {r:g}, memory r {r_m:g}" + (f", dropout {lost:g}" if lost else "")
+        setting = f"n {n}, memory {m}, S {s:g}, r {r:g}, memory r {r_m:g}" + (f", dropout {rate:g}" if rate else "")
         out.append(
             Case(
                 component="cross-attention",
                 setting=setting,
-                refined=partial(_cross, theory, x, memory, g),
+                refined=partial(_cross, theory, x, g),
                 simulate=partial(simulate, draw, inputs, J=1.0, K=r_g, sequences=FEW, stream=setting),
                 allowance=CROSS,
             )
@@ -305,8 +314,8 @@ def _blocks(size: Size) -> list[Case]:
                 sequences=FEW,
             )
         )
-    for s, r, lost in ((1.0, 0.2, 0.1), (0.3, 0.6, 0.0)):
-        heads = scored_attention(s, size.n_heads, value=0.9, output=1.2, attention_dropout=lost)
+    for s, r, rate in ((1.0, 0.2, 0.1), (0.3, 0.6, 0.0)):
+        heads = scored_attention(s, size.n_heads, value=0.9, output=1.2, attention_dropout=rate)
         theory, reference = (
             attention_block(heads, n_tokens=n, d_model=d, dropout=0.1, form=form) for form in ("refined", "leading")
         )
@@ -314,7 +323,7 @@ def _blocks(size: Size) -> list[Case]:
             component_case(
                 size,
                 "attention block",
-                f"S {s:g}, r {r:g}, dropout 0.1" + (" on weights too" if lost else ""),
+                f"S {s:g}, r {r:g}, dropout 0.1" + (" on weights too" if rate else ""),
                 theory,
                 sim.chain(sim.attention(heads, width=d), sim.dropout(0.1)),
                 x=TokenState(q=1.0, p=r),
@@ -401,7 +410,7 @@ def _forward(state: TokenState) -> Values:
     return {"q": float(state.q), "p": float(state.p)}
 
 
-def _cross(theory: CrossAttention, x: TokenState, memory: TokenState, g: GradientState) -> Values:
-    out, (queries, kept) = theory.forward(x, memory), theory.backward(g, x, memory)
+def _cross(theory: CrossAttentionMoments, x: TokenState, g: GradientState) -> Values:
+    out, queries, kept = theory.forward(x), theory.backward(g, x), theory.memory_backward(g, x)
     found = {"q": out.q, "p": out.p, "J": queries.J, "K": queries.K, "J_memory": kept.J, "K_memory": kept.K}
     return {name: float(value) for name, value in found.items()}

@@ -87,15 +87,13 @@ def parameter_groups(
         if not (math.isfinite(value) and value >= least):
             raise DomainError(f"{name} must be finite and not negative; got {value!r}", value=value)
     known = roles if roles is not None else _read(model, batch, blocks, overrides)
-    by_parameter = _by_parameter(known)
+    by_parameter = rows_by_parameter(known, model)
     table = scaling_table(
         known, scheme, base_width=base_width, optimizer=optimizer, fixed=fixed, base_layers=base_layers
     )
     settings: dict[int, tuple[str, Factors]] = {}
     names: dict[int, str] = {}
     for name, parameter in model.named_parameters():
-        if name not in by_parameter:
-            raise ModelError(f"the given roles know no parameter {name!r}; they are those of another model")
         rows = by_parameter[name]
         settings[id(parameter)] = (_called(rows), _agreed([_factors(row, table, known, fixed) for row in rows], rows))
         names[id(parameter)] = name
@@ -164,10 +162,22 @@ def _read(
     return read_roles(model, batch, blocks=blocks, overrides=overrides)
 
 
-def _by_parameter(roles: ModelRoles) -> dict[str, list[ParameterRole]]:
+def rows_by_parameter(roles: ModelRoles, model: nn.Module) -> dict[str, list[ParameterRole]]:
+    """Return the rows of every parameter of a model.
+
+    Raises:
+        ModelError: for roles that are those of another model, naming the first parameter only one of them has.
+    """
     out: dict[str, list[ParameterRole]] = {}
     for row in roles.roles:
         out.setdefault(row.parameter, []).append(row)
+    names = [name for name, _ in model.named_parameters()]
+    unknown = next((name for name in names if name not in out), None)
+    if unknown is not None:
+        raise ModelError(f"the given roles know no parameter {unknown!r}; they are those of another model")
+    absent = next((name for name in out if name not in set(names)), None)
+    if absent is not None:
+        raise ModelError(f"the model has no parameter {absent!r} of the given roles; they are those of another model")
     return out
 
 

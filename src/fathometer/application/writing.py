@@ -7,15 +7,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, overload
 
-import torch
 from torch import nn
 
-from fathometer.application.inside import ReadStack, expect_pair, read_pair, read_stack, without_multipliers
+from fathometer.application.drawing import Draw, draw, frozen_among
+from fathometer.application.inside import (
+    ReadPair,
+    ReadStack,
+    expect_pair,
+    read_pair,
+    read_stack,
+    without_multipliers,
+)
 from fathometer.application.multipliers import ResidualMultiplier, insertable_factors, remove_multipliers
 from fathometer.errors import NotCoveredError, SpecError
 from fathometer.measurement.batches import as_batch
 from fathometer.models import WeightSlice, check_weights
-from fathometer.models.seeding import named_generator
 from fathometer.spec import (
     CrossAttention,
     EncoderDecoder,
@@ -224,41 +230,69 @@ def write_spec(
         NotCoveredError: for a model that cannot be read, or a residual factor that no multiplier can bring about.
         ModelError, BatchError: for parameters that are not floating point, no blocks, or a batch that does not fit.
     """
-    if on_conflict not in ("raise", "first"):
-        raise SpecError(f"on_conflict must be 'raise' or 'first'; got {on_conflict!r}")
     if isinstance(target, EncoderDecoder) and blocks is not None:
         raise SpecError("blocks name one stack; the stacks of an EncoderDecoder are found on their own")
-    for where, array in array_fields(target):
-        raise SpecError(f"a model needs single numbers; {where} is an array of shape {array.shape}")
+    check_request(target, on_conflict)
     check_weights(model)
     ready = as_batch(batch)
+    read: ReadStack | ReadPair
     with without_multipliers(model):
         if isinstance(target, EncoderDecoder):
-            pair = expect_pair(read_pair(model, ready))
-            _check_memory_norm(pair.memory_norm, target.memory_norm)
-            work = [(pair.encoder, target.encoder), (pair.decoder, target.decoder)]
+            read = expect_pair(read_pair(model, ready))
         else:
-            work = [(read_stack(model, ready, blocks), target)]
-        for read, wanted in work:
-            _check_architecture(read, wanted)
-        weights = [_weight_rows(model, read, wanted) for read, wanted in work]
-        kept = _without_conflicts(model, [row for rows, _ in weights for row in rows], on_conflict)
-        shared: dict[int, ResidualRow] = {}
-        residuals = [_residual_rows(model, read, wanted, on_conflict, shared) for read, wanted in work]
+            read = read_stack(model, ready, blocks)
+    return write_read(model, read, target, seed=seed, on_conflict=on_conflict)
+
+
+def check_request(target: Transformer | EncoderDecoder, on_conflict: str) -> None:
+    """Refuse arrays in a spec to be written, and another rule for conflicts than those there are."""
+    if on_conflict not in ("raise", "first"):
+        raise SpecError(f"on_conflict must be 'raise' or 'first'; got {on_conflict!r}")
+    for where, array in array_fields(target):
+        raise SpecError(f"a model needs single numbers; {where} is an array of shape {array.shape}")
+
+
+def write_read(
+    model: nn.Module,
+    read: ReadStack | ReadPair,
+    target: Transformer | EncoderDecoder,
+    *,
+    seed: int,
+    on_conflict: str,
+) -> Applied | AppliedEncoderDecoder:
+    """Do what :func:`write_spec` does to a model whose blocks have just been read."""
+    check_request(target, on_conflict)
+    if isinstance(target, EncoderDecoder):
+        pair = expect_pair(read if isinstance(read, ReadPair) else None)
+        _check_memory_norm(pair.memory_norm, target.memory_norm)
+        work = [(pair.encoder, target.encoder), (pair.decoder, target.decoder)]
+    else:
+        assert isinstance(read, ReadStack)
+        work = [(read, target)]
+    for stack, wanted in work:
+        _check_architecture(stack, wanted)
+    weights = [_weight_rows(model, stack, wanted) for stack, wanted in work]
+    kept = _without_conflicts(model, [row for rows, _ in weights for row in rows], on_conflict)
+    shared: dict[int, ResidualRow] = {}
+    residuals = [_residual_rows(model, stack, wanted, on_conflict, shared) for stack, wanted in work]
+    frozen = frozen_among(model, [row.parameter for row in kept])
+    kept = [row for row in kept if row.parameter not in frozen]
     remove_multipliers(model)
-    _draw(model, kept, seed)
+    # Not the label of a later redraw with the same seed, which must be independent of this one.
+    draw(model, [Draw(row.parameter, row.key, row.part.of, row.std) for row in kept], seed=seed, label="written")
     drawn = set(map(id, kept))
+    stay = [f"frozen parameters are left as they are: {', '.join(frozen)}"] if frozen else []
     done = [
         Applied(
             target=wanted,
-            blocks=read.stack.names,
+            blocks=stack.stack.names,
             rows=tuple(row for row in rows if id(row) in drawn),
             residual=tuple(residual),
             seed=seed,
-            notes=(*notes, *more),
+            notes=(*notes, *more, *stay),
             _multipliers=tuple(ResidualMultiplier(model.get_submodule(row.module), row.factor) for row in residual),
         )
-        for (read, wanted), (rows, notes), (residual, more) in zip(work, weights, residuals, strict=True)
+        for (stack, wanted), (rows, notes), (residual, more) in zip(work, weights, residuals, strict=True)
     ]
     if isinstance(target, EncoderDecoder):
         return AppliedEncoderDecoder(target=target, encoder=done[0], decoder=done[1])
@@ -344,7 +378,7 @@ def _weight_rows(model: nn.Module, read: ReadStack, target: Transformer) -> tupl
                 gains |= mine is not None and not math.isclose(
                     float(getattr(mine, "gain", 1.0)), float(getattr(theirs, "gain", 1.0)), rel_tol=0.01
                 )
-    notes = ["embeddings, heads and norms are left as they are"]
+    notes = ["norms are left as they are"]
     if gains:
         notes.append("the spec's norm gains differ from the model's, which stay (epsilon counts as a lower gain)")
     drawn = {row.parameter for row in rows}
@@ -421,14 +455,3 @@ def _residual_rows(
             "where the skip factor is carried by the block's output"
         )
     return rows, notes
-
-
-def _draw(model: nn.Module, rows: list[WeightRow], seed: int) -> None:
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    with torch.no_grad():
-        for row in rows:
-            view = row.part.of(parameters[row.parameter])
-            # Not the key of a later redraw with the same seed, which must be independent of this one.
-            generator = named_generator(seed, f"written {row.key}")
-            noise = torch.randn(view.shape, generator=generator, dtype=torch.float32)
-            view.copy_(noise.mul_(row.std))

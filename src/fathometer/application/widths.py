@@ -7,15 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
+from fathometer.application.drawing import Draw, draw
+from fathometer.application.groups import rows_by_parameter, scaling_table, sizes_of
 from fathometer.application.multipliers import ResidualMultiplier, modules_sharing, remove_multipliers
-from fathometer.application.parameter_groups import scaling_table, sizes_of
 from fathometer.errors import DomainError, NotCoveredError, SpecError, nearest
 from fathometer.models.identify import rms
 from fathometer.models.roles import ModelRoles, ParameterRole, read_roles
-from fathometer.models.seeding import named_generator
 from fathometer.prescription.width_scaling import FixedHeads, ScalingScheme, is_weight, width_factors
 from fathometer.prescription.width_table import WidthTable
 
@@ -89,7 +88,7 @@ def initialize_widths(
         base_width: Width of the stream of the base.
         base_stds: Role to standard deviation at the base width, as from :func:`role_stds` of a base model; or
             ``"read"``, for recipes with one number at every width (such as 0.02): what the weights of this model have
-            now is what those of the base have.
+            now is what those of the base have. Reading what an earlier call has drawn scales it once more.
         batch, roles: A batch the model can be called with, or what :func:`fathometer.models.read_roles` said.
         seed: Which draw.
         fixed, base_layers: As in :func:`fathometer.application.parameter_groups`.
@@ -103,6 +102,7 @@ def initialize_widths(
     if roles is None and batch is None:
         raise SpecError("roles are read off a forward pass: give a batch the model can be called with, or roles")
     known = roles if roles is not None else read_roles(model, batch, blocks=blocks, overrides=overrides)
+    rows_by_parameter(known, model)
     table = scaling_table(known, scheme, base_width=base_width, fixed=fixed, base_layers=base_layers)
     parameters = dict(model.named_parameters())
     rows = [
@@ -113,7 +113,12 @@ def initialize_widths(
     ]
     places = _places(model, known, table)
     remove_multipliers(model)
-    _draw(model, rows, seed)
+    draw(
+        model,
+        [Draw(row.parameter.parameter, row.parameter.key, row.parameter.of, row.std) for row in rows],
+        seed=seed,
+        label="scaled",
+    )
     hooks = tuple(ResidualMultiplier(model.get_submodule(name), factor) for name, factor in places)
     frozen = [name for name, parameter in parameters.items() if not parameter.requires_grad]
     notes = ["biases were set to zero; norms and elementwise factors are left as they are"]
@@ -186,15 +191,3 @@ def _places(model: nn.Module, roles: ModelRoles, table: WidthTable) -> list[tupl
             )
         places += [(name, table.residual_multiplier) for name in roles.exits]
     return places
-
-
-def _draw(model: nn.Module, rows: Sequence[DrawnRow], seed: int) -> None:
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for row in rows:
-            view = row.parameter.of(parameters[row.parameter.parameter])
-            generator = named_generator(seed, f"scaled {row.parameter.key}")
-            view.copy_(torch.randn(view.shape, generator=generator, dtype=torch.float32).mul_(row.std))
-        for module in model.modules():
-            if isinstance(module, nn.Embedding) and module.padding_idx is not None and module.weight.requires_grad:
-                module.weight[module.padding_idx] = 0.0

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal
 
-from fathometer.application.initialize import Applied, AppliedEncoderDecoder, WeightRow
 from fathometer.application.named import Initialized
+from fathometer.application.widths import WidthsApplied
+from fathometer.application.writing import Applied, AppliedEncoderDecoder, WeightRow
 from fathometer.errors import NotCoveredError, SpecError, nearest
 from fathometer.spec import CrossAttention, SelfAttention, Sublayer
 
@@ -24,7 +25,7 @@ _TITAN = {
 }
 
 
-def emit(applied: Applied | AppliedEncoderDecoder | Initialized, style: Style = "torch") -> str:
+def emit(applied: WidthsApplied | Applied | AppliedEncoderDecoder | Initialized, style: Style = "torch") -> str:
     """Return source code with the same effect as a write.
 
     Weights become initialisation lines, equal layers merged; residual factors become comments that say what the
@@ -35,10 +36,12 @@ def emit(applied: Applied | AppliedEncoderDecoder | Initialized, style: Style = 
         style: ``"torch"``: lines for the model that was written. ``"megatron"``: flags, and per-role lines for
             Megatron-Core parameter names. ``"torchtitan"``: an ``init_weights`` method of the block.
     Raises:
-        SpecError: for an unknown style.
+        SpecError: for an unknown style, or a width scaling, which is a table of its own.
         NotCoveredError: for the latter two styles, if a block is not one attention and one MLP with these roles, or
             there are two stacks.
     """
+    if isinstance(applied, WidthsApplied):
+        raise SpecError("a width scaling has no lines of its own; its table says what to do: scaling_table")
     inside, ends = (applied.blocks, applied) if isinstance(applied, Initialized) else (applied, None)
     if style not in STYLES:
         raise SpecError(f"there is no style {style!r}{nearest(str(style), STYLES)}")
@@ -61,8 +64,7 @@ def _ends(applied: Initialized, *, code: bool) -> list[str]:
         what = f"nn.init.normal_({place}, std={_number(row.std)})" if row.std else f"nn.init.zeros_({place})"
         named = f"# {row.parameter.role}"
         lines.append(f"{what}  {named}" if code else f"{named}: std {_number(row.std)}")
-    if applied.head_multiplier is not None:
-        name, factor = applied.head_multiplier
+    for name, factor in applied.head_multipliers:
         lines += ["", f"# logits: {_number(factor)} * {_attribute('model', name) if code else 'the output layer'}(...)"]
     return lines
 
