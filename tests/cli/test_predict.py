@@ -118,3 +118,17 @@ def test_an_encoder_decoder_has_curves_of_both_stacks(tmp_path: Path) -> None:
     assert "encoder: deepscalelm, 3 layers" in prescribed.output and "the gradient at the encoder" in prescribed.output
     as_json = json.loads(runner.invoke(app, ["prescribe", str(path), "--scheme", "xavier", "--json"]).output)
     assert {row["role"] for row in as_json["decoder"]["rows"]} >= {"query", "mlp_out"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (["preset:bert", "--scheme", "xavier", "--closure", "annealed"], "--closure"),
+        (["preset:bert", "--compare", "--layers", "2", "--seed", "3"], "--seed"),
+        (["hf:gpt2", "--scheme", "xavier", "--q", "2"], "--q"),
+        (["preset:bert", "--seed", "3"], "--seed"),
+    ],
+)
+def test_options_that_a_prescription_does_not_read_are_refused(arguments: list[str], option: str) -> None:
+    with pytest.raises(SpecError, match=f"{option} is not read by"):
+        runner.invoke(app, ["prescribe", *arguments], catch_exceptions=False)

@@ -19,7 +19,18 @@ if TYPE_CHECKING:
     from fathometer.prescription import SchemePlan
 
 
+_SCHEME = {"scheme", "k", "alpha", "count", "dropout", "r0", "reference"}
+#: What each job of this command reads, besides the spec and --json.
+_READS = {
+    "solving for one number": {"norm", "field", "match", "value", "depths", "tokens", "q", "p", "closure"},
+    "a scheme on a spec": {*_SCHEME, "compare", "norm", "layers", "tokens", "q", "p"},
+    "a scheme on a model": {*_SCHEME, "layers", "tokens", "batch", "seed", "emit", "apply"},
+    "a scheme on an encoder-decoder": {*_SCHEME, "tokens", "memory_tokens", "q", "p"},
+}
+
+
 def prescribe(
+    context: typer.Context,
     spec: Annotated[
         str,
         typer.Argument(
@@ -85,6 +96,7 @@ def prescribe(
     if spec.startswith(("hf:", "timm:")) or ".py:" in spec:
         if scheme is None or compare or norm is not None:
             raise SpecError("a model takes --scheme; predictions from p and q are for specs")
+        _refuse_unread(context, "a scheme on a model")
         initialize_model(
             spec,
             scheme,
@@ -101,6 +113,7 @@ def prescribe(
     if is_encoder_decoder(spec):
         if scheme is None or compare or norm is not None or layers is not None:
             raise SpecError("an encoder-decoder takes --scheme; it is not compared, solved, renormed or deepened")
+        _refuse_unread(context, "a scheme on an encoder-decoder")
         q = 1.0 if q is None else q
         p = 0.4 * q if p is None else p
         check_moments(tokens, q, p)
@@ -116,6 +129,7 @@ def prescribe(
         p = 0.4 * q if p is None else p
         if scheme is not None and compare:
             raise SpecError("--scheme prints one scheme and --compare all of them; give one")
+        _refuse_unread(context, "a scheme on a spec")
         check_moments(tokens, q, p)
         described = described if layers is None else described.with_depth(layers)
         if scheme is None:
@@ -126,6 +140,7 @@ def prescribe(
     if layers is not None or given:
         named = ["layers"] * (layers is not None) + list(given)
         raise SpecError(f"--{named[0]} belongs to --scheme or --compare")
+    _refuse_unread(context, "solving for one number")
     q, p = 0.27 if q is None else q, 0.11 if p is None else p
     rows: list[dict[str, Any]] = []
     for depth in _depths(depths):
@@ -157,6 +172,15 @@ def prescribe(
             *(f"{item:.4g}" if isinstance(item, float) else "-" if item is None else str(item) for item in row.values())
         )
     Console(emoji=False).print(table)
+
+
+def _refuse_unread(context: typer.Context, job: str) -> None:
+    """Refuse an option on the command line that the job does not read."""
+    for name in context.params:
+        given = context.get_parameter_source(name)
+        if given is not None and given.name == "COMMANDLINE" and name not in {*_READS[job], "spec", "as_json"}:
+            takes = ", ".join(f"--{known.replace('_', '-')}" for known in sorted(_READS[job]))
+            raise SpecError(f"--{name.replace('_', '-')} is not read by {job}, which takes {takes}")
 
 
 def _print_scheme(
