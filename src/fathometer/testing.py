@@ -1,4 +1,4 @@
-"""A helper for users' own test suites."""
+"""An assertion for users' own test suites."""
 
 from __future__ import annotations
 

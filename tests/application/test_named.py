@@ -129,9 +129,13 @@ def test_code_that_scales_with_depth_is_warned_of() -> None:
     )
     with pytest.warns(DoubleScalingWarning, match=r"0\.3 on the branch"):
         fm.initialize(granite, "deepscalelm")
+    plain = tr.GraniteForCausalLM(
+        tr.GraniteConfig(**SMALL, num_key_value_heads=4, intermediate_size=344, vocab_size=256)
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error", DoubleScalingWarning)
         fm.initialize(gpt2(), "deepscalelm")
+        fm.initialize(plain, "deepscalelm")
 
 
 def test_a_failed_call_leaves_the_model_as_it_was() -> None:
@@ -228,6 +232,18 @@ def test_emitted_code_names_stem_and_logits() -> None:
     assert "nn.init.normal_(model.transformer.wte.weight, std=0.707107)  # token_embedding" in code
     assert "# logits: 0.125 * model.lm_head(...)" in code
     assert "# token_embedding: std 0.707107" in emit(done, "megatron")
+
+
+def test_emitted_code_has_the_effect_of_the_call() -> None:
+    model = bert()
+    code = emit(fm.initialize(model, "deepscalelm"))
+    again = bert()
+    exec(code, {"model": again})
+    for (name, mine), (_, theirs) in zip(model.named_parameters(), again.named_parameters(), strict=True):
+        if mine.ndim > 1:
+            ratio = float(theirs.detach().std() / mine.detach().std())
+            assert ratio == pytest.approx(1, abs=8 / mine.numel() ** 0.5), name
+    assert float(again.bert.embeddings.word_embeddings.weight.detach()[0].abs().max()) == 0.0
 
 
 def test_the_command_line(tmp_path: Any) -> None:

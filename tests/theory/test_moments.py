@@ -24,7 +24,7 @@ from fathometer.observables.moment_laws import exponential_gradients, linear_gro
 from fathometer.prescription import apply_scheme
 from fathometer.propagation import Moments, along_depth, propagate
 from fathometer.propagation.along_depth import alike_layers, stream_path
-from fathometer.spec import Derf, DyT, LayerNorm, RMSNorm, Scales, Sublayer, Transformer, preset, with_field
+from fathometer.spec import Block, Derf, DyT, LayerNorm, RMSNorm, Scales, Sublayer, Transformer, preset, with_field
 
 PRINTED = 2e-5  # relative; numbers that depend on softmax averages
 
@@ -520,3 +520,46 @@ def test_arrays_missing_components_and_layers_are_named() -> None:
 def test_one_token() -> None:
     found = moments(preset("vit", n_layers=2), n_tokens=1, q=1.0, p=0.2)
     assert np.all(np.isfinite(found["stream"].gradient_log)) and found["attention.weights"].q[0] == 1.0
+
+
+def test_branches_are_named_within_their_block() -> None:
+    """An MLP in front of another in one block, and behind attention in the next: one MLP a layer by every name."""
+    attention, mlp = preset("bert", n_layers=1).blocks[0].sublayers
+    two = Block(sublayers=(mlp, mlp))
+    one = Block(sublayers=(attention, mlp))
+    for blocks in ((two, one), (one, two)):
+        found = moments(replace(preset("bert"), blocks=blocks), n_tokens=6, q=1.0, p=0.3)
+        layers = {name: found[f"{name}.branch"].layers.tolist() for name in ("mlp", "mlp_2", "attention")}
+        assert layers == {"mlp": [0, 1], "mlp_2": [blocks.index(two)], "attention": [blocks.index(one)]}
+
+
+def test_slow_stacks_settle_where_their_map_does() -> None:
+    spec = with_field(xavier(1, 256, 4, Sublayer.post_norm, 0.0, 0.0), "branch_scale", 0.01)
+    settled = exponential_gradients(spec, n_tokens=32)
+    assert settled.cosine == pytest.approx(1.0, abs=1e-6) and settled.alignment == pytest.approx(1.0, abs=1e-4)
+    dropped = xavier(1, 256, 4, Sublayer.post_norm, 0.1, 0.1)
+    deep = stream_path(dropped.with_depth(400), n_tokens=32, start=Moments(1.0, 0.5), closure=Exact())
+    assert exponential_gradients(dropped, n_tokens=32).cosine == pytest.approx(deep.p[-1] / deep.q[-1], abs=1e-9)
+
+
+def test_limits_are_refused_by_name() -> None:
+    for cosine, alignment in ((-0.25, 0.0), (0.2, -0.25)):
+        with pytest.raises(DomainError, match=r"must lie in \(-0\.25, 1\]"):
+            sharp_scores(1.0, n_tokens=5, cosine=cosine, top_alignment=alignment)
+    silent = with_field(
+        Transformer.uniform(
+            n_layers=2,
+            d_model=64,
+            n_heads=2,
+            norm=LayerNorm(),
+            scales=Scales.from_std(0.1, d_model=64, d_mlp=256),
+            placement=Sublayer.sandwich,
+        ),
+        "mlp_out",
+        0.0,
+    )
+    with pytest.raises(DomainError, match="puts out nothing"):
+        moments(silent, n_tokens=5, q=1.0, p=0.2)
+    arrays = with_field(xavier(1, 256, 4, Sublayer.post_norm, 0.1, 0.1), "mlp_out", np.ones(2))
+    with pytest.raises(SpecError, match="array"):
+        exponential_gradients(arrays, n_tokens=5)

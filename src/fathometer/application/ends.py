@@ -25,11 +25,12 @@ from fathometer.spec import Head, PatchStem, Stem, TokenStem
 
 @dataclass(frozen=True, kw_only=True)
 class EndDrawn:
-    """One table or matrix outside the blocks that was drawn, and the formula."""
+    """One table or matrix outside the blocks that was drawn, the formula, and a padding symbol whose row is zero."""
 
     parameter: ParameterRole
     std: float
     reason: str
+    padding: int | None = None
 
 
 @dataclass(frozen=True)
@@ -85,13 +86,15 @@ def plan_ends(model: nn.Module, batch: Batch, roles: ModelRoles, dropout: float,
             multipliers = tuple((name, factor) for name in heads)
     by_role = {row.role: row for row in (*stem_rows, *(() if tied else head_rows))}
     parameters = dict(model.named_parameters())
+    paddings = {id(m.weight): m.padding_idx for m in model.modules() if isinstance(m, nn.Embedding)}
     for role in roles.roles:
         if role.layer is not None or not parameters[role.parameter].requires_grad:
             continue
         if role.role in by_role:
             row = by_role[role.role]
             assert row.std is not None
-            rows.append(EndDrawn(parameter=role, std=row.std, reason=row.reason))
+            padding = paddings.get(id(parameters[role.parameter]))
+            rows.append(EndDrawn(parameter=role, std=row.std, reason=row.reason, padding=padding))
         elif role.role == "head_hidden":
             rows.append(EndDrawn(parameter=role, std=role.fan_in**-0.5, reason="var 1 / fan_in"))
         elif role.role.endswith("_bias") and role.role.removesuffix("_bias") in (*by_role, "head_hidden"):

@@ -261,7 +261,10 @@ def _four_digits(value: Any) -> float:
 def _warn_of_double_scaling(model: nn.Module, own_factors: Sequence[str]) -> None:
     config = getattr(model, "config", None)
     by_layer = [
-        name for name in ("scale_attn_by_inverse_layer_idx", "residual_multiplier") if getattr(config, name, None)
+        name
+        for name in ("scale_attn_by_inverse_layer_idx", "residual_multiplier")
+        if getattr(config, name, None) not in (None, False, 1)  # which True equals
+        or getattr(config, name, None) is True
     ]
     found = [*(own_factors[:1]), *(f"config.{name} = {getattr(config, name)!r}" for name in by_layer)]
     if found:

@@ -64,6 +64,8 @@ def _ends(applied: Initialized, *, code: bool) -> list[str]:
         what = f"nn.init.normal_({place}, std={_number(row.std)})" if row.std else f"nn.init.zeros_({place})"
         named = f"# {row.parameter.role}"
         lines.append(f"{what}  {named}" if code else f"{named}: std {_number(row.std)}")
+        if row.padding is not None and code:
+            lines.append(f"nn.init.zeros_({place}[{row.padding}])  # padding")
     for name, factor in applied.head_multipliers:
         lines += ["", f"# logits: {_number(factor)} * {_attribute('model', name) if code else 'the output layer'}(...)"]
     return lines

@@ -13,6 +13,7 @@ from fathometer.application.drawing import Draw, draw
 from fathometer.application.groups import rows_by_parameter, scaling_table, sizes_of
 from fathometer.application.multipliers import ResidualMultiplier, modules_sharing, remove_multipliers
 from fathometer.errors import DomainError, NotCoveredError, SpecError, nearest
+from fathometer.models import check_weights
 from fathometer.models.identify import rms
 from fathometer.models.roles import ModelRoles, ParameterRole, read_roles
 from fathometer.prescription.width_scaling import FixedHeads, ScalingScheme, is_weight, width_factors
@@ -103,6 +104,7 @@ def initialize_widths(
         raise SpecError("roles are read off a forward pass: give a batch the model can be called with, or roles")
     known = roles if roles is not None else read_roles(model, batch, blocks=blocks, overrides=overrides)
     rows_by_parameter(known, model)
+    check_weights(model)
     table = scaling_table(known, scheme, base_width=base_width, fixed=fixed, base_layers=base_layers)
     parameters = dict(model.named_parameters())
     rows = [
@@ -124,6 +126,8 @@ def initialize_widths(
     notes = ["biases were set to zero; norms and elementwise factors are left as they are"]
     if table.output_multiplier != 1.0 and known.of("head_bias"):
         notes.append("the multiplier of the tied head acts on its bias too, whose effective rate it lowers")
+    zero = sorted({row.parameter.role for row in rows if row.std == 0 and is_weight(row.parameter.role)})
+    notes += [f"zero stays zero: {', '.join(zero)}"] if zero else []
     notes += [f"frozen parameters are left as they are: {', '.join(frozen)}"] if frozen else []
     return WidthsApplied(
         scaling=table, rows=tuple(rows), multipliers=tuple(places), seed=seed, notes=tuple(notes), _hooks=hooks

@@ -32,6 +32,7 @@ from fathometer.models.redraw import redrawn
 from fathometer.models.seeding import named_generator
 from fathometer.models.trace import AttentionCall, first_tensor, hooked, tracing, watch_attention
 from fathometer.results.moments import COMPONENTS, ComponentMoments, ModelMoments
+from fathometer.spec import branch_names
 
 FloatArray = NDArray[np.float64]
 #: Mean, q, p, gradient_log (relative to the cotangent carried) and gradient_alignment of one place.
@@ -165,7 +166,8 @@ def _one_draw(
             out = call.run(block, leaf.clone())
         onward, gradients = _pulled(stack.names[layer], out, leaf, tensors, cotangent)
         calls_left = iter(attention)
-        for kind, sublayer, reading in zip(_kinds(readings[layer]), taps[layer], readings[layer], strict=True):
+        names = branch_names([reading.sublayer for reading in readings[layer]])
+        for kind, sublayer, reading in zip(names, taps[layer], readings[layer], strict=True):
             found = _sublayer_rows(sublayer, tensors, gradients, layout, leaf, log_scale - math.log(unit))
             if reading.sublayer.is_attention:
                 found |= _pair_rows(next(calls_left), causal=reading.sublayer.branch.causal)  # type: ignore[union-attr]
@@ -191,16 +193,6 @@ def _one_draw(
 def _in_order(rows: dict[str, Any]) -> list[str]:
     kinds = list(dict.fromkeys(name.partition(".")[0] for name in rows if name != "stream"))
     return [f"{kind}.{name}" for kind in kinds for name in COMPONENTS if f"{kind}.{name}" in rows]
-
-
-def _kinds(readings: Sequence[SublayerReading]) -> list[str]:
-    """Return ``"attention"``, ``"mlp"``, ``"attention_2"`` and so on for the sublayers of a block."""
-    out: list[str] = []
-    for reading in readings:
-        name = "attention" if reading.sublayer.is_attention else "mlp"
-        before = sum(1 for other in out if other.partition("_")[0] == name)
-        out.append(name if before == 0 else f"{name}_{before + 1}")
-    return out
 
 
 def _sublayer_rows(

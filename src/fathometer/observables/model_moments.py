@@ -186,7 +186,6 @@ def _exchangeable(
     closure: Closure,
 ) -> dict[str, ComponentMoments]:
     stream = stream_path(spec, n_tokens=n_tokens, start=start, closure=closure)
-    kinds = kind_names(groups)
     transfer = np.empty((len(stream.q) - 1, 2, 2))
     passed: list[tuple[AlikeLayers, HalfLayer, Record, Moments]] = []
     for group in groups:
@@ -198,27 +197,14 @@ def _exchangeable(
         passed.append((group, step, record, added))
     gradients = backward(transfer, alignment=alignment)
     gathering = _Gathering()
-    for (group, step, record, added), kind in zip(passed, kinds, strict=True):
+    for group, step, record, added in passed:
         after = group.half + 1
         places = _places(step, record, added, gradients.alignment[after], spec.d_model, closure.others(n_tokens))
-        gathering.add(kind, group.layer, places, gradients.log_norm[after])
+        gathering.add(group.name, group.layer, places, gradients.log_norm[after])
     at = np.concatenate([[0], np.cumsum([len(block.sublayers) for block in spec.layers()])])
     zero = np.zeros(len(at))
     rows = np.stack([zero, stream.q[at], stream.p[at], gradients.log_norm[at], gradients.alignment[at]])
     return {"stream": component(np.arange(len(at)), rows), **gathering.components()}
-
-
-def kind_names(groups: Sequence[AlikeLayers]) -> list[str]:
-    """Return ``"attention"``, ``"mlp"``, ``"attention_2"`` and so on for every group."""
-    out = []
-    kinds = {group.position: group.sublayer.is_attention for group in groups}
-    for group in groups:
-        alike = sum(
-            1 for position, attends in kinds.items() if position <= group.position and attends == kinds[group.position]
-        )
-        name = "attention" if group.sublayer.is_attention else "mlp"
-        out.append(name if alike == 1 else f"{name}_{alike}")
-    return out
 
 
 def _places(
@@ -355,12 +341,12 @@ def _by_position(
     gathering = _Gathering()
     attention = np.cumsum(trajectory.is_attention) - 1
     every = [sublayer for block in spec.layers() for sublayer in block.sublayers]
-    for group, kind in zip(groups, kind_names(groups), strict=True):
+    for group in groups:
         for half, layer in zip(group.half.tolist(), group.layer, strict=True):
             rows = {key: float(row[attention[half]].mean()) for key, row in trajectory.attention.items()}
             at_input = np.exp(level[half] - level[half + 1]) * matrices[half]
             places = _gram_places(every[half], trajectory, half, rows, at_input, matrices[half + 1])
-            gathering.add(kind, np.array([layer]), places, level[half + 1 : half + 2])
+            gathering.add(group.name, np.array([layer]), places, level[half + 1 : half + 2])
     at = trajectory.borders
     borders = np.array(
         [

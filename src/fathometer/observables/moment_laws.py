@@ -19,7 +19,7 @@ transfer matrix preserves, which fixes their alignment :math:`r_g^*`; their mean
 
 a layer towards the input, exponentially in depth; B is what a branch adds and G its gain on gradients. ReLU has
 :math:`G_{mlp} = B_{mlp}`, so that gradients vanish because attention passes on less than it adds whenever
-:math:`r_g < r`. Where r and :math:`r_g` tend to one the exponent is zero.
+:math:`r_g < r`. Where r and :math:`r_g` tend to one the exponent of ReLU is zero.
 
 Source: the laws, A. Kedia et al., arXiv:2403.09635; their constants with exact softmax averages, derived in the
 documentation.
@@ -28,6 +28,7 @@ documentation.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,10 +39,7 @@ from fathometer.errors import DomainError, NotCoveredError
 from fathometer.propagation import BlockMap, Moments, check_tokens
 from fathometer.propagation.branch_maps import AttentionMap
 from fathometer.propagation.exchangeable import HalfLayer
-from fathometer.spec import LayerNorm, RMSNorm, SelfAttention, Transformer
-
-_ROUNDS = 200_000
-_SETTLED = 1e-13
+from fathometer.spec import LayerNorm, RMSNorm, SelfAttention, Transformer, refuse_arrays
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,11 +69,13 @@ def linear_growth(spec: Transformer, *, n_tokens: int, closure: Closure | str = 
     """Return the law of a pre-norm stack that repeats the last block of ``spec``. Causal masks are dropped.
 
     Raises:
-        NotCoveredError: unless every branch reads the stream through LayerNorm or RMSNorm and adds to it unscaled,
-            without a norm that follows.
+        NotCoveredError: unless every branch reads the stream through LayerNorm or RMSNorm, the skip factor is one, and
+            no norm follows the sum.
         DomainError: if the block adds nothing.
+        SpecError: for arrays in the spec.
     """
     check_tokens(n_tokens)
+    refuse_arrays(spec, "the law of a deep stack")
     block, chosen = spec.bidirectional().blocks[-1], as_closure(closure)
     for s in block.sublayers:
         if not isinstance(s.input_norm, (LayerNorm, RMSNorm)) or s.stream_norm is not None or s.skip_scale != 1:
@@ -124,8 +124,10 @@ def exponential_gradients(
 
     Raises:
         NotCoveredError: unless LayerNorm or RMSNorm follows every residual sum.
+        SpecError: for arrays in the spec.
     """
     check_tokens(n_tokens)
+    refuse_arrays(spec, "the law of a deep stack")
     block = spec.bidirectional().blocks[-1]
     norm = block.sublayers[-1].stream_norm
     if not isinstance(norm, (LayerNorm, RMSNorm)) or any(
@@ -134,14 +136,12 @@ def exponential_gradients(
         raise NotCoveredError("exponential gradients of a stack that is not post-norm")
     block_map = BlockMap(block, n_tokens, as_closure(closure))
     size = float(norm.gain) ** 2
-    cosine = 0.5
-    for _ in range(_ROUNDS):
-        stream = block_map.forward(Moments(size, size * cosine))
-        last, cosine = cosine, float(stream.p / stream.q)
-        if abs(cosine - last) <= _SETTLED * (1 - cosine):
-            break
-        if 1 - cosine < 1e-12:
-            break
+
+    def excess(r: float) -> float:
+        stream = block_map.forward(Moments(size, size * r))
+        return float(stream.p / stream.q) - r
+
+    cosine = _settled(excess, -1 / (n_tokens - 1) if n_tokens > 1 else 0.0)
     matrix = np.asarray(block_map.transfer(Moments(size, size * min(cosine, 1.0))), dtype=np.float64)
     values, vectors = np.linalg.eig(matrix)
     lead = int(np.argmax(values.real))
@@ -149,6 +149,24 @@ def exponential_gradients(
     return ExponentialGradients(
         slope=math.log(values[lead].real), cosine=cosine, alignment=float(vector[1] / vector[0])
     )
+
+
+def _settled(excess: Callable[[float], float], low: float) -> float:
+    """Return the cosine that a stack starting at one half approaches: the next zero of the change of a block.
+
+    Args:
+        excess: Cosine behind a block less that in front of it.
+        low: Lowest cosine tokens can have.
+    """
+    start = excess(0.5)
+    # Zeros may lie close to one, where the angle is what changes by factors.
+    ladder = 1 - np.geomspace(0.5, 1e-9, 200) if start > 0 else np.linspace(0.5, low, 200)
+    before = float(ladder[0])
+    for after in map(float, ladder[1:]):
+        if excess(after) * start <= 0:
+            return float(brentq(excess, before, after, xtol=1e-14))
+        before = after
+    return 1.0 if start > 0 else low
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,15 +210,15 @@ def sharp_scores(
         top_alignment: r_g, of the gradients of two tokens at the output.
         closure: How the softmax is averaged.
     Raises:
-        DomainError: for a negative variance or a cosine outside ``[-1/(n_tokens - 1), 1]``.
+        DomainError: for a negative variance or a cosine outside ``(-1/(n_tokens - 1), 1]``.
     """
     check_tokens(n_tokens)
     if not (math.isfinite(score_variance) and score_variance >= 0):
         raise DomainError(f"score_variance must be finite and >= 0; got {score_variance!r}", value=score_variance)
     low = -1 / (n_tokens - 1) if n_tokens > 1 else -1.0
     for name, value in (("cosine", cosine), ("top_alignment", top_alignment)):
-        if not low <= value <= 1:
-            raise DomainError(f"{name} must lie in [{low:.4g}, 1]; got {value!r}", value=value)
+        if not low < value <= 1:
+            raise DomainError(f"{name} must lie in ({low:.4g}, 1]; got {value!r}", value=value)
     branch = SelfAttention(query=1.0, key=1.0, value=1.0, output=1.0, score_multiplier=math.sqrt(score_variance))
     attention, x = AttentionMap(branch, n_tokens, as_closure(closure)), Moments(1.0, float(cosine))
     known = attention.inspect(x)

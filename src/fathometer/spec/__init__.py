@@ -26,7 +26,7 @@ from fathometer.spec.network import Head, Network, PatchStem, Stem, TokenStem
 from fathometer.spec.norms import Derf, DyT, LayerNorm, Norm, PointwiseNorm, RMSNorm
 from fathometer.spec.pointwise import Pointwise
 from fathometer.spec.presets import FAMILIES, preset
-from fathometer.spec.transformer import Block, Placement, Scales, Sublayer, Transformer
+from fathometer.spec.transformer import Block, Placement, Scales, Sublayer, Transformer, branch_names
 
 __all__ = [
     "ACTIVATIONS",
@@ -59,6 +59,7 @@ __all__ = [
     "array_fields",
     "at_point",
     "batch_shape",
+    "branch_names",
     "cut_aligned",
     "dumps_json",
     "dumps_toml",

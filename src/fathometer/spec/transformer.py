@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -95,6 +95,17 @@ class Sublayer:
     def is_attention(self) -> bool:
         """Whether the branch mixes tokens, those of the stream or of a memory."""
         return isinstance(self.branch, (SelfAttention, CrossAttention))
+
+
+def branch_names(sublayers: Sequence[Sublayer]) -> list[str]:
+    """Return ``"attention"``, ``"mlp"``, ``"attention_2"`` and so on for the sublayers of a block."""
+    counts: dict[str, int] = {}
+    names = []
+    for sublayer in sublayers:
+        kind = "attention" if sublayer.is_attention else "mlp"
+        counts[kind] = counts.get(kind, 0) + 1
+        names.append(kind if counts[kind] == 1 else f"{kind}_{counts[kind]}")
+    return names
 
 
 Placement = Callable[[Branch, Norm | None], Sublayer]
