@@ -9,9 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 import fathometer as fm
+from fathometer.cli.app import app
 from fathometer.diagnosis import UnhealthyError
+from fathometer.errors import SpecError
+from fathometer.report import OutputError
 from fathometer.spec import dumps_toml, preset
 from fathometer.testing import assert_healthy
 
@@ -148,3 +152,42 @@ def test_helper_for_test_suites(folder: Path) -> None:
     assert assert_healthy(mine.build(), tokens, seeds=1).healthy
     with pytest.raises(UnhealthyError, match="Identical layers: 8 of 8 blocks hold the same weights"):
         assert_healthy(mine.copied(), tokens, seeds=1)
+
+
+def test_a_file_of_weights_that_cannot_be_written_is_refused_before_the_model_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(*_: object, **__: object) -> None:
+        raise AssertionError("the model was built")
+
+    monkeypatch.setattr("fathometer.models.load_model", build)
+    (tmp_path / "file").write_text("")
+    for path, message in (
+        (tmp_path, "is a folder; name a file with --apply"),
+        (tmp_path / "file" / "deeper" / "weights.pt", "cannot write .*file' is a file"),
+    ):
+        with pytest.raises(SpecError, match=message):
+            prescribe("--apply", str(path))
+    with monkeypatch.context() as patch:
+        patch.setattr("os.access", lambda *_: False)
+        with pytest.raises(SpecError, match="no permission to write in"):
+            prescribe("--apply", str(tmp_path / "weights.pt"))
+    with pytest.raises(SpecError, match="--emit prints code and --json the table; give one"):
+        prescribe("--emit", "torch", "--json")
+
+
+def test_weights_that_fail_to_be_written_leave_no_part_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "mine.py").write_text(FILE)
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OutputError, match=r"cannot write .*weights\.pt': No space left"):
+        prescribe(
+            "--batch", "tokens:64x8", "--apply", str(tmp_path / "weights.pt"), spec=f"{tmp_path / 'mine.py'}:build"
+        )
+    assert [path.name for path in tmp_path.iterdir() if path.name != "__pycache__"] == ["mine.py"]
+
+
+def prescribe(*arguments: str, spec: str = "hf:gpt2") -> None:
+    CliRunner().invoke(app, ["prescribe", spec, "--scheme", "xavier", *arguments], catch_exceptions=False)

@@ -111,6 +111,9 @@ def test_an_encoder_decoder_has_curves_of_both_stacks(tmp_path: Path) -> None:
     assert "encoder: 3 blocks, 8 tokens" in text and "decoder: 2 blocks" in text
     with pytest.raises(SpecError, match="--view"):
         run(str(path), "--view", "moments")
+    for command in (["predict"], ["prescribe", "--scheme", "deepscalelm", "--k", "0.5"]):
+        with pytest.raises(DomainError, match="got 0"):
+            CliRunner().invoke(app, [*command, str(path), "--memory-tokens", "0"], catch_exceptions=False)
     with pytest.raises(SpecError, match="--memory-tokens belongs"):
         run("preset:bert", "--memory-tokens", "4")
     prescribed = runner.invoke(app, ["prescribe", str(path), "--scheme", "deepscalelm", "--tokens", "8", "--k", "1"])

@@ -81,6 +81,21 @@ def test_transfer_check_of_a_model_of_ones_own(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "result.json").read_text())["losses"] == data["losses"]
 
 
+def test_a_shift_that_is_not_known_has_no_error_bar() -> None:
+    """Rates so small that both optima lie at the upper end of the grid."""
+    small = ("--lowest", "1e-5", "--count", "3", "--steps", "20", "--seeds", "2", "--schemes", "hybrid")
+    text = run("transfer-check", "digits", "--widths", "16,32", *small)
+    assert "+0 (edge)" in text and "+-" not in text
+
+
+def test_a_fixed_number_of_heads_has_no_one_power_behind_blocks(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(MODEL)
+    small = ("--widths", "8,16", "--seeds", "2", "--steps", "1", "--schemes", "1.0", "--fixed", "n_heads")
+    text = run("coordinate-check", f"{tmp_path / 'mine.py'}:build", *small)
+    rows = {line.split("  ")[0].strip(): line.split()[-1] for line in text.splitlines() if "+-" in line}
+    assert rows["attention logits"] == "+0.50" and rows["block 1"] == "-"
+
+
 def test_mistakes_are_named(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="there is no family of models 'langauge'; did you mean 'language'"):
         run("transfer-check", "langauge")

@@ -25,9 +25,9 @@ from fathometer.plotting import panels_of
 from fathometer.report import OutputError, progress_reporter, render_page, render_terminal, save_report
 from fathometer.report.markup import element, text
 from fathometer.report.numbers import curve_value, number, with_error
-from fathometer.report.save import write_atomically
 from fathometer.report.wording import CURVES, LIMITS, bites, some_layers, support
 from fathometer.results import Profile
+from fathometer.results.files import write_atomically
 
 Maker = Callable[..., Report]
 

@@ -18,7 +18,8 @@ import fathometer as fm
 from fathometer.errors import BatchError, DomainError, SpecError
 from fathometer.prescription import apply_scheme
 from fathometer.spec import Network, Sublayer, TokenStem
-from fathometer.training.comparison import TrainingComparison, compare_training
+from fathometer.training import language
+from fathometer.training.comparison import RepeatedRuns, TrainingComparison, compare_training
 from fathometer.training.language import LanguageModel, LanguageRun, language_network, train_language_model
 from fathometer.training.language_stack import StackedLanguageModel, stacked_trunk, train_together
 from fathometer.training.text import byte_text, held_out_batches, text_of_bytes, training_batches
@@ -231,6 +232,44 @@ def test_gradients_are_clipped_on_request_only() -> None:
     assert train(network, weight_decay=0.5).losses[-1] != free.losses[-1]
 
 
+def test_an_interruption_while_judging_is_none_to_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    loss = language.batch_loss
+
+    def stop(model: Any, *rest: Any) -> torch.Tensor:
+        if not model.training:
+            raise KeyboardInterrupt
+        return loss(model, *rest)
+
+    monkeypatch.setattr(language, "batch_loss", stop)
+    run = train(language_network(trunk()))
+    assert run.status == "interrupted" and len(run.losses) == 8 and math.isnan(run.held_out)
+
+
+def test_a_run_without_a_step_has_no_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(language, "batch_loss", stop)
+    run = train(language_network(trunk()))
+    assert run.losses == () and math.isnan(run.seconds_per_step)
+    data = json.loads(run.to_json())
+    assert data["seconds_per_step"] is None and math.isnan(LanguageRun.from_dict(data).seconds_per_step)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dropout": 1.5}, r"dropout must lie in \[0, 1\); got 1.5"),
+        ({"dropout": math.nan}, r"dropout must lie in \[0, 1\); got nan"),
+        ({"head_multiplier": 0.0}, "head_multiplier must be positive and finite; got 0.0"),
+        ({"logit_std": -1.0}, "logit_std must be positive and finite; got -1.0"),
+    ],
+)
+def test_networks_with_bad_numbers(options: dict[str, float], message: str) -> None:
+    with pytest.raises(DomainError, match=message):
+        language_network(trunk(), **options)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -340,6 +379,30 @@ def test_a_comparison_trains_each_point_once(together: bool) -> None:
     assert not steps
     np.testing.assert_array_equal(again.held_out, found.held_out)
     assert json.loads(found.to_json())["held_out"][0][0][1] == [None, None]
+
+
+def test_finished_runs_serve_one_split_and_one_way_of_computing() -> None:
+    runs: dict[str, LanguageRun] = {}
+    short = {**COMPARE, "schemes": {"gpt2": {"std": 0.1}}, "depths": (2,), "rates": (1e-3,), "seeds": (0,), "steps": 2}
+    split = byte_text(held_out=0.3)
+    assert split.digest == TEXT.digest
+    for count, (text, options) in enumerate(((TEXT, {}), (split, {}), (TEXT, {"recompute": True}), (TEXT, {})), 1):
+        found = compare_training(trunk(), text, runs=runs, **short, **options)
+        assert len(runs) == min(count, 3)
+        assert found.about["train_bytes"] == len(text.train) and found.about["device"] == "cpu"
+    assert json.loads(replace(found, about={"deep": {"er": math.nan}}).to_json())["about"] == {"deep": {"er": None}}
+
+
+def test_repeated_runs_are_summed_up() -> None:
+    def run(held_out: float, status: str = "ok") -> LanguageRun:
+        return LanguageRun(losses=(3.0,), held_out=held_out, unigram_loss=3.0, status=status, seconds_per_step=0.1)
+
+    found = RepeatedRuns(runs=(run(2.0), run(2.95), run(math.nan, "diverged")), about={"steps": 1})
+    mean, error = found.gap()
+    assert (mean, error) == pytest.approx((-0.525, 0.475)) and found.learned == 1
+    alone = RepeatedRuns(runs=(run(2.0),), about={})
+    assert alone.gap()[0] == -1.0 and math.isnan(alone.gap()[1]) and json.loads(alone.to_json())["gap_error"] is None
+    assert math.isnan(RepeatedRuns(runs=(run(math.nan, "diverged"),), about={}).gap()[0])
 
 
 def test_an_interrupted_comparison_keeps_what_is_finished() -> None:

@@ -14,13 +14,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fathometer._version import __version__
 from fathometer.errors import BatchError, DomainError, ModelError, SpecError
 from fathometer.papers.effective.models import language_model, vision_model
 from fathometer.plotting.canvas import to_png
 from fathometer.plotting.effective import draw_transfer
 from fathometer.training import load_digits
 from fathometer.training.families import Family, Recipe, Task, digits_task, language_task, recipe, train_steps
-from fathometer.training.text import byte_text
+from fathometer.training.text import byte_text, text_of_bytes
 from fathometer.training.transfer import TransferCheck, transfer_check
 
 RATES = [2.0**power for power in range(-8, -3)]
@@ -61,6 +62,26 @@ def test_errors_are_those_of_repeated_experiments() -> None:
     assert np.mean(found) == pytest.approx(expected, rel=0.15)
 
 
+@pytest.mark.parametrize(
+    ("best", "status", "shown"),
+    [
+        ([-9.0, -10.0], "edge", "+0 (edge)"),  # both at the lower end: where the optima are is not known
+        ([-6.0, -2.0], "edge", "+2 (edge)"),
+        ([-6.0, -6.0], "ok", "+0 (+0.00 +- 0.00)"),
+    ],
+)
+def test_an_optimum_at_an_end_of_the_grid_proves_nothing(best: list[float], status: str, shown: str) -> None:
+    check = planted(best, noise=1e-6)
+    shift = check.shift("one")
+    assert shift.status == status and math.isnan(shift.error) == (status != "ok")
+    assert str(shift).replace("-0.00", "+0.00") == shown
+    assert [math.isnan(one.error) for one in check.optima("one")] == [one.status != "ok" for one in check.optima("one")]
+    remarks = [text.get_text() for ax in draw_transfer(check).axes for text in ax.texts]
+    assert any("stays" in text for text in remarks) == (status == "ok")
+    assert any("is not known" in text for text in remarks) == (status == "edge")
+    assert json.loads(check.to_json())["shifts"]["one"]["status"] == status
+
+
 def test_runs_that_diverge_are_seen() -> None:
     check = planted([-6.0, -4.1])
     losses = check.losses["one"].copy()
@@ -70,7 +91,10 @@ def test_runs_that_diverge_are_seen() -> None:
     first, last = mixed.optima("one")
     assert first.status == "diverged" and math.isnan(first.rate)
     assert last.status == "cliff" and last.rate == last.grid_rate == 2.0**-5
+    assert mixed.shift("one").status == "diverged" and str(mixed.shift("one")) == "diverged"
     assert planted([-2.0, -9.0]).optima("one")[0].status == "edge"
+    beside = TransferCheck(**{**vars(check), "losses": {"one": np.concatenate([check.losses["one"][:1], losses[1:]])}})
+    assert beside.shift("one").status == "cliff" and math.isnan(beside.shift("one").error)
     data = json.loads(json.dumps(mixed.to_dict(), allow_nan=False))
     assert data["losses"]["one"][1][-1][0] is None and data["optima"]["one"][0]["rate"] is None
     assert to_png(draw_transfer(mixed))[:4] == b"\x89PNG"
@@ -79,13 +103,13 @@ def test_runs_that_diverge_are_seen() -> None:
 class Narrow(nn.Module):
     """Two residual blocks with attention around a table and a head, with a random bias in the head."""
 
-    def __init__(self, width: int, seed: int) -> None:
+    def __init__(self, width: int, seed: int, n_layers: int = 2) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.embed = nn.Embedding(5, width)
             layer = nn.TransformerEncoderLayer(width, 2, 2 * width, dropout=0, batch_first=True, norm_first=True)
-            self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+            self.encoder = nn.TransformerEncoder(layer, n_layers, enable_nested_tensor=False)
             self.head = nn.Linear(width, 5)
 
     def forward(self, tokens: Tensor) -> dict[str, Tensor]:
@@ -159,6 +183,72 @@ def test_a_journal_goes_on_where_it_stopped(tmp_path: Path) -> None:
         check(journal=path)
     with pytest.raises(SpecError, match="cannot write the journal"):
         check(journal=tmp_path / "nowhere" / "runs.json")
+    path.write_text(json.dumps({"schema": 2, "protocol": [], "runs": {}}))
+    with pytest.raises(SpecError, match="holds runs of another protocol: model is None there and 'Narrow, "):
+        check(journal=path)
+    for content in ({"schema": 2, "protocol": 1, "runs": {}}, {"protocol": {}, "runs": {}}, []):
+        path.write_text(json.dumps(content))
+        with pytest.raises(SpecError, match="is no journal of a transfer check"):
+            check(journal=path)
+    path.write_text(json.dumps({"schema": 1, "protocol": {}, "runs": {}}))
+    with pytest.raises(SpecError, match=r"runs\.json' has schema 1; accepted: 2; name another file"):
+        check(journal=path)
+
+
+def wider_tables(width: int, seed: int) -> nn.Module:
+    model = Narrow(width, seed)
+    with torch.no_grad():
+        model.embed.weight.mul_(1.5)
+    return model
+
+
+def one_head(width: int, seed: int) -> nn.Module:
+    model = Narrow(width, seed)
+    for layer in model.encoder.layers:
+        layer.self_attn.num_heads, layer.self_attn.head_dim = 1, width
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "more", "message"),
+    [
+        (partial(Narrow, n_layers=4), {}, r"model is 'Narrow, \d+ parameters at width 8, \w{12}' there and 'Narrow, "),
+        (wider_tables, {}, "model is "),
+        (one_head, {}, "model is "),
+        (Narrow, {"overrides": {"head.weight": "head"}}, "overrides is {} there and {'head.weight': 'head'} here"),
+    ],
+)
+def test_a_journal_does_not_serve_other_models(tmp_path: Path, build: Any, more: dict[str, Any], message: str) -> None:
+    options = {"fixed": "n_heads", "schemes": ("uniform",), "journal": tmp_path / "runs.json", **QUICK}
+    transfer_check(Narrow, [8, 16], **options)
+    with pytest.raises(SpecError, match=f"holds runs of another protocol: {message}"):
+        transfer_check(build, [8, 16], **options, **more)
+
+
+def test_a_journal_tells_rates_apart_and_leaves_no_part_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "runs.json"
+    options = {**QUICK, "rates": [1e-3, float(np.nextafter(1e-3, 1)), 1e-2]}
+    found = transfer_check(Narrow, [8, 16], fixed="n_heads", schemes=("hybrid",), journal=path, **options)
+    assert len(json.loads(path.read_text())["runs"]) == 2 * 2 * 3
+    assert found.protocol["version"] == __version__
+
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", fail)
+    before = path.read_bytes()
+    with pytest.raises(SpecError, match=r"cannot write the journal .*No space left"):
+        transfer_check(Narrow, [8, 32], fixed="n_heads", schemes=("hybrid",), journal=path, **options)
+    assert [p.name for p in tmp_path.iterdir()] == ["runs.json"] and path.read_bytes() == before
+
+
+def test_a_task_is_named_for_what_is_read() -> None:
+    texts = [
+        text_of_bytes(content * 100, name="mine.txt", held_out=share)
+        for content, share in ((b"abcd", 0.2), (b"abce", 0.2), (b"abcd", 0.3))
+    ]
+    assert len({language_task(text, n_tokens=4, batch_size=2).name for text in texts}) == 3
+    assert len({digits_task(load_digits(n_test=n), batch_size=2).name for n in (100, 200)}) == 2
 
 
 def test_a_run_that_explodes_is_recorded_as_diverged() -> None:

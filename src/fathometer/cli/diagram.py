@@ -175,7 +175,7 @@ def _write(folder: Path, text: str, found: Any, lines: list[Any]) -> list[Path]:
     from fathometer.plotting import to_png
     from fathometer.plotting.diagram import draw_diagram
     from fathometer.report import OutputError
-    from fathometer.report.save import write_atomically
+    from fathometer.results.files import write_atomically
 
     files = {"figure.png": to_png(draw_diagram(found, lines=lines)), "diagram.json": text.encode("utf-8")}
     paths = [folder / name for name in files]

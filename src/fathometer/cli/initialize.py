@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,10 @@ def initialize_model(
         )
     if emit is not None and emit not in application.STYLES:
         raise SpecError(f"--emit {emit!r} is unknown; accepted: {', '.join(application.STYLES)}")
+    if emit is not None and as_json:
+        raise SpecError("--emit prints code and --json the table; give one")
+    if apply is not None:
+        _check_file(apply)
     loaded = models.load_model(name, layers=layers, seed=seed)
     inputs = measurement.load_batch(batch, loaded, n_tokens=min(tokens, loaded.max_tokens))
     done = application.initialize(loaded.model, scheme, inputs, seed=seed, **options)
@@ -64,16 +69,35 @@ def initialize_model(
         print(f"Weights and multipliers: {apply}")
 
 
+def _check_file(path: Path) -> None:
+    """Refuse a file that could not be written, before a model is built for it.
+
+    Raises:
+        SpecError: for a folder, a path below a file, or a folder that is not writable.
+    """
+    if path.is_dir():
+        raise SpecError(f"{str(path)!r} is a folder; name a file with --apply")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise SpecError(f"--apply cannot write {str(path)!r}: {str(above)!r} is a file")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise SpecError(f"--apply cannot write {str(path)!r}: no permission to write in {str(above)!r}")
+
+
 def _save(path: Path, model: Any, about: dict[str, Any]) -> None:
     import torch
 
     from fathometer.application import multiplier_table
+    from fathometer.report import OutputError
+    from fathometer.results.files import write_atomically
 
-    content = {"state_dict": model.state_dict(), "multipliers": multiplier_table(model), **about}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.part")
-    torch.save(content, partial)
-    os.replace(partial, path)
+    content = BytesIO()
+    torch.save({"state_dict": model.state_dict(), "multipliers": multiplier_table(model), **about}, content)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content.getvalue())
+    except OSError as error:
+        raise OutputError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
 
 
 def _plain(done: Any) -> dict[str, Any]:

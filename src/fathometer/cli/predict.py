@@ -50,7 +50,7 @@ def predict(
             raise SpecError(
                 "an encoder-decoder has curves of both stacks; --view, --layer and --layers are for one stack"
             )
-        _both_stacks(spec, tokens, memory_tokens or tokens, q, p, closure, as_json)
+        _both_stacks(spec, tokens, tokens if memory_tokens is None else memory_tokens, q, p, closure, as_json)
         return
     if memory_tokens is not None:
         raise SpecError("--memory-tokens belongs to the file of an encoder-decoder")

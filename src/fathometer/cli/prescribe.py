@@ -117,7 +117,8 @@ def prescribe(
         q = 1.0 if q is None else q
         p = 0.4 * q if p is None else p
         check_moments(tokens, q, p)
-        _print_both_stacks(spec, scheme, tokens, memory_tokens or tokens, cosine=p / q, options=given, as_json=as_json)
+        memory = tokens if memory_tokens is None else memory_tokens
+        _print_both_stacks(spec, scheme, tokens, memory, cosine=p / q, options=given, as_json=as_json)
         return
     if memory_tokens is not None:
         raise SpecError("--memory-tokens belongs to the file of an encoder-decoder")
@@ -277,17 +278,20 @@ def _print_comparison(
     if as_json:
         print(json.dumps(compared.to_dict(), indent=1, allow_nan=False))
         return
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{title}: schemes at {spec.n_layers} layers, {tokens} tokens, q = {q:g}, p = {p:g}")
+    title = f"{title}: schemes at {spec.n_layers} layers, {tokens} tokens, q = {q:g}, p = {p:g}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     columns = ("q_final", "q_spread", "apjn_log", "gradient_log", "cosine_final", "largest_step")
-    for heading in ("scheme", "q out", "max/min q", "ln J", "ln pooled gradient", "cosine out", "largest step"):
-        table.add_column(heading, justify="left" if heading == "scheme" else "right")
+    headings = ("scheme", "q out", "max/min\nq", "ln J", "ln pooled\ngradient", "cosine\nout", "largest\nstep")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "scheme" else "right", no_wrap=True)
     console = Console(emoji=False)
     for row in compared.rows:
         if row.status == "ok":
-            table.add_row(row.scheme, *(f"{getattr(row, column):.4g}" for column in columns))
+            table.add_row(row.scheme, *(f"{getattr(row, column):.3g}" for column in columns))
     console.print(table)
     for row in compared.rows:
         if row.status != "ok":

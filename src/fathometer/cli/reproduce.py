@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from fathometer.cli.libraries import prepare_torch
+from fathometer.cli.output import check_folder, write_result
 from fathometer.errors import SpecError, nearest
 
 
@@ -35,7 +35,7 @@ def reproduce(
     if size not in papers.SIZES:
         raise SpecError(f"there is no size {size!r}{nearest(size, papers.SIZES)}")
     folder = Path("fathometer-reproduce") / item.replace("/", "-") if out is None else out
-    _check_folder(folder)
+    check_folder(folder)
 
     prepare_torch()
     from fathometer.report import progress_reporter
@@ -43,7 +43,7 @@ def reproduce(
     with progress_reporter() as progress:
         result = chosen.run(papers.SIZES[size], progress)
     text = json.dumps({"item": item, "size": size, **result.to_dict()}, indent=1, allow_nan=False)
-    paths = _write(folder, text, chosen.draw(result))
+    paths = write_result(folder, text, chosen.draw(result))
     if as_json:
         print(text)
         return
@@ -69,28 +69,6 @@ def _list(as_json: bool) -> None:
     for name, item in papers.ITEMS.items():
         table.add_row(name, item.about)
     Console().print(table)
-
-
-def _check_folder(folder: Path) -> None:
-    """Refuse a file in place of the folder before hours are spent."""
-    if folder.exists() and not folder.is_dir():
-        raise SpecError(f"{str(folder)!r} is a file; name a folder with --out")
-
-
-def _write(folder: Path, text: str, figure: Any) -> list[Path]:
-    """Render everything, then replace each file in one step."""
-    from fathometer.plotting import to_png
-    from fathometer.report import OutputError
-    from fathometer.report.save import write_atomically
-
-    files = {"result.json": text.encode("utf-8"), "figure.png": to_png(figure)}
-    try:
-        os.makedirs(folder, exist_ok=True)
-        for name, content in files.items():
-            write_atomically(folder / name, content)
-    except OSError as error:
-        raise OutputError(f"cannot write to {str(folder)!r}: {error.strerror or error}") from error
-    return [folder / name for name in files]
 
 
 def _rendered(table: Any) -> Any:

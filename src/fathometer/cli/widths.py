@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fathometer.cli.libraries import prepare_torch
+from fathometer.cli.output import check_folder, write_result
 from fathometer.errors import SpecError, nearest
 
 if TYPE_CHECKING:
@@ -92,7 +93,8 @@ def coordinate_check(
     as_json: AsJson = False,
 ) -> None:
     """Take a few steps at several widths: how far features and outputs move, with slopes against width."""
-    _check_out(out)
+    if out is not None:
+        check_folder(out)
     build, task = _family(family, text, tokens, samples)
     from fathometer.plotting.effective import draw_coordinates
     from fathometer.report import progress_reporter
@@ -122,9 +124,9 @@ def coordinate_check(
         return
     for one in found:
         for step in one.steps:
-            slopes = one.slopes(step)
+            slopes, expected = one.slopes(step), one.expected
             rows = [
-                (place, f"{slope:+.3f} +- {error:.3f}", f"{one.expected[place]:+.2f}")
+                (place, f"{slope:+.3f} +- {error:.3f}", f"{expected[place]:+.2f}" if place in expected else "-")
                 for place, (slope, error) in slopes.items()
             ]
             _show(f"{one.scheme}, {step} step{'s' * (step > 1)}", ("change of", "slope against width", "theory"), rows)
@@ -156,7 +158,8 @@ def transfer_check(
     """Train at several widths and learning rates: where the best rate goes, under each recipe."""
     if count < 3:
         raise SpecError(f"--count must be at least 3; got {count}")
-    _check_out(out)
+    if out is not None:
+        check_folder(out)
     build, task = _family(family, text, tokens, samples)
     from fathometer.plotting.effective import draw_transfer
     from fathometer.report import progress_reporter
@@ -179,15 +182,13 @@ def transfer_check(
             journal=journal,
             progress=progress,
         )
-    content = json.dumps(found.to_dict(), indent=1, allow_nan=False)
-    _deliver(content, lambda: draw_transfer(found), out, as_json)
+    _deliver(found.to_json(), lambda: draw_transfer(found), out, as_json)
     if as_json:
         return
     rows = []
     for name in found.schemes:
-        shift = found.shift(name)
         cells = [f"{one.rate:.2e}{'' if one.status == 'ok' else f' ({one.status})'}" for one in found.optima(name)]
-        rows.append((name, *cells, f"{shift.grid:+.0f} ({shift.fitted:+.2f} +- {shift.error:.2f})"))
+        rows.append((name, *cells, str(found.shift(name))))
     headings = ("recipe", *(f"width {width}" for width in found.widths), "shift in factors of 2, grid (fit)")
     _show("Best learning rate", headings, rows)
 
@@ -234,20 +235,10 @@ def _whole(option: str, text: str) -> list[int]:
         raise SpecError(f"{option} must be whole numbers separated by commas; got {text!r}") from None
 
 
-def _check_out(out: Path | None) -> None:
-    """Refuse a file in place of the folder before anything is computed."""
-    if out is not None:
-        from fathometer.cli.reproduce import _check_folder
-
-        _check_folder(out)
-
-
 def _deliver(content: str, draw: Any, out: Path | None, as_json: bool) -> None:
     """Write result and figure where a folder is given, and print the result where asked for."""
     if out is not None:
-        from fathometer.cli.reproduce import _write
-
-        paths = _write(out, content, draw())
+        paths = write_result(out, content, draw())
         if not as_json:
             print("Written: " + ", ".join(str(path) for path in paths))
     if as_json:

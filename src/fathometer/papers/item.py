@@ -11,9 +11,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fathometer.errors import SpecError
+from fathometer.results.plain import plain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+__all__ = [
+    "FULL",
+    "SIZES",
+    "SMALL",
+    "Cell",
+    "FloatArray",
+    "Item",
+    "Progress",
+    "Result",
+    "Size",
+    "Table",
+    "plain",
+    "silent",
+]
 
 FloatArray: TypeAlias = NDArray[np.float64]
 Progress: TypeAlias = Callable[[str, int, int], None]
@@ -99,24 +115,3 @@ class Item:
 
 def silent(label: str, done: int, total: int) -> None:
     """Report no progress."""
-
-
-def plain(value: Any) -> Any:
-    """Return dataclasses, arrays and mappings as JSON can hold them.
-
-    >>> plain({"x": np.array([1.0, np.nan])})
-    {'x': [1.0, None]}
-    """
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {key: plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(entry) for entry in value]
-    if isinstance(value, np.ndarray):
-        return plain(value.tolist())
-    if isinstance(value, np.generic):
-        return plain(value.item())
-    if isinstance(value, float):
-        return value if np.isfinite(value) else None
-    return value

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import secrets
 from pathlib import Path
 
 from fathometer.diagnosis.report import Report
 from fathometer.errors import FathometerError
 from fathometer.plotting import draw_overview, panels_of, to_png
 from fathometer.report.page import render_page
+from fathometer.results.files import write_atomically
 
 
 class OutputError(FathometerError, OSError):
@@ -20,8 +20,7 @@ def save_report(report: Report, folder: str | os.PathLike[str]) -> list[Path]:
     """Write a report to a folder, created if needed.
 
     Everything is rendered before anything is written, and every file is replaced in one step, so a reader never meets
-    half
-    a file and a failure leaves the old ones.
+    half a file and a failure leaves the old ones.
 
     Args:
         report: What to write.
@@ -49,17 +48,3 @@ def save_report(report: Report, folder: str | os.PathLike[str]) -> list[Path]:
     except OSError as error:
         raise OutputError(f"cannot write the report to {str(target)!r}: {error.strerror or error}") from error
     return [target / name for name in files]
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name beside it and move it into place."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fathometer.errors import SpecError, nearest
+from fathometer.results.plain import plain
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -136,8 +137,8 @@ class ModelMoments:
             "components": {
                 name: {
                     "layers": component.layers.tolist(),
-                    **{quantity: _plain(getattr(component, quantity)) for quantity in QUANTITIES},
-                    "errors": {quantity: _plain(error) for quantity, error in component.errors.items()},
+                    **{quantity: plain(getattr(component, quantity)) for quantity in QUANTITIES},
+                    "errors": {quantity: plain(error) for quantity, error in component.errors.items()},
                 }
                 for name, component in self.components.items()
             },
@@ -147,7 +148,3 @@ class ModelMoments:
     def to_json(self) -> str:
         """Return the moments as JSON text."""
         return json.dumps(self.to_dict(), indent=1, allow_nan=False)
-
-
-def _plain(values: FloatArray) -> list[float | None]:
-    return [value if np.isfinite(value) else None for value in np.asarray(values, dtype=np.float64).tolist()]

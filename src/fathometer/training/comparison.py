@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import itertools
 import json
@@ -17,17 +16,17 @@ from numpy.typing import NDArray
 from fathometer._version import __version__
 from fathometer.errors import DomainError, SpecError
 from fathometer.prescription import apply_scheme, scheme_options
+from fathometer.results.plain import plain
 from fathometer.spec import Network, Transformer, to_dict
 from fathometer.training.language import (
     INTERRUPTED,
-    OK,
     LanguageRun,
-    Progress,
     frequency_loss,
     language_network,
     train_language_model,
 )
 from fathometer.training.language_stack import train_together
+from fathometer.training.runs import OK, Progress, last_fifth
 from fathometer.training.text import ByteText, training_batches
 
 FloatArray = NDArray[np.float64]
@@ -84,8 +83,7 @@ class TrainingComparison:
 
         The final loss is the mean over the last fifth of the steps. A rate at which a seed diverged counts as worst.
         """
-        steps = self.losses.shape[-1]
-        final = self.losses[..., -max(steps // 5, 1) :].mean(axis=-1)
+        final = last_fifth(np.moveaxis(self.losses, -1, 0))
         final = np.where(self.status == OK, final, np.inf).mean(axis=-1)
         return np.asarray(np.argmin(final, axis=-1))
 
@@ -108,8 +106,7 @@ class TrainingComparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data; numbers that are not finite become ``None``."""
-        fields = {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
-        return {"schema": 1, **fields}
+        return {"schema": 1, **plain(self)}
 
     def to_json(self) -> str:
         """Return :meth:`to_dict` as text."""
@@ -118,6 +115,49 @@ class TrainingComparison:
     def _largest(self, good: NDArray[np.bool_]) -> FloatArray:
         reached = np.minimum.accumulate(good, axis=-1)
         return np.asarray(np.max(np.where(reached, self.rates, 0.0), axis=-1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepeatedRuns:
+    """Runs of one network that differ in their seeds.
+
+    Attributes:
+        runs: The runs.
+        about: What was trained, on what and how.
+    """
+
+    runs: tuple[LanguageRun, ...]
+    about: Mapping[str, Any]
+
+    def gap(self) -> tuple[float, float]:
+        """Return mean and standard error of the held-out loss less that of the frequencies, nats.
+
+        Over runs that are ``"ok"``. The error is NaN with one such run, both are without.
+        """
+        gaps = np.array([run.held_out - run.unigram_loss for run in self.runs if run.status == OK])
+        mean = float(gaps.mean()) if len(gaps) else np.nan
+        return mean, float(gaps.std(ddof=1) / np.sqrt(len(gaps))) if len(gaps) > 1 else np.nan
+
+    @property
+    def learned(self) -> int:
+        """How many runs ended by more than :data:`MARGIN` below the loss of the symbols' frequencies."""
+        return sum(run.status == OK and run.held_out < run.unigram_loss - MARGIN for run in self.runs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data; numbers that are not finite become ``None``."""
+        mean, error = self.gap()
+        return {
+            "schema": 1,
+            "about": plain(self.about),
+            "gap": plain(mean),
+            "gap_error": plain(error),
+            "learned": self.learned,
+            "runs": [run.to_dict() for run in self.runs],
+        }
+
+    def to_json(self) -> str:
+        """Return :meth:`to_dict` as text."""
+        return json.dumps(self.to_dict(), allow_nan=False)
 
 
 def compare_training(
@@ -168,9 +208,9 @@ def compare_training(
     if together and (recompute or torch.device(device).type != "cpu"):
         raise SpecError("networks are trained together on the CPU and without recomputing; set together=False")
     done: MutableMapping[str, LanguageRun] = {} if runs is None else runs
-    overlap = text.input_collision(objective) / 2
     protocol = {
         "text": text.digest,
+        "train_bytes": len(text.train),
         "objective": objective,
         "steps": steps,
         "n_tokens": n_tokens,
@@ -178,6 +218,8 @@ def compare_training(
         "warmup": warmup,
         "clip": clip,
         "together": together,
+        "recompute": recompute,
+        "device": torch.device(device).type,
         "version": __version__,
     }
     common: dict[str, Any] = {
@@ -192,10 +234,9 @@ def compare_training(
     for depth in depths:
         wanted = []
         for name, options in schemes.items():
-            given = {"r0": overlap, "n_tokens": n_tokens}
-            known = scheme_options(name)
-            chosen = {key: value for key, value in given.items() if key in known} | dict(options)
-            network = around(apply_scheme(trunk.with_depth(depth), name, **chosen).spec)
+            network = around(
+                scheme_on_text(trunk.with_depth(depth), name, text, objective=objective, n_tokens=n_tokens, **options)
+            )
             described = to_dict(network)
             for rate in rates:
                 for seed in seeds:
@@ -262,6 +303,28 @@ def compare_training(
     )
 
 
+def scheme_on_text(
+    trunk: Transformer, scheme: str, text: ByteText, *, objective: str, n_tokens: int, **options: Any
+) -> Transformer:
+    """Return blocks with a scheme's numbers; one whose options name them is told of the text.
+
+    Args:
+        trunk: The blocks.
+        scheme: Name of the scheme.
+        text, objective: Give ``r0``, the cosine that the token table's repeated rows lend to two embedded tokens.
+        n_tokens: Length of a window.
+        options: Of the scheme; they come before what the text says.
+    """
+    given = {"r0": embedded_cosine(text, objective), "n_tokens": n_tokens}
+    known = scheme_options(scheme)
+    return apply_scheme(trunk, scheme, **{key: value for key, value in given.items() if key in known} | options).spec
+
+
+def embedded_cosine(text: ByteText, objective: str) -> float:
+    """Return the mean cosine of two embedded tokens where tokens and positions have equal shares of the variance."""
+    return text.input_collision(objective) / 2
+
+
 def _check_axes(
     schemes: Mapping[str, Any], depths: Sequence[int], rates: Sequence[float], seeds: Sequence[int]
 ) -> None:
@@ -274,13 +337,3 @@ def _check_axes(
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return _plain(value.tolist())
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, float) and not np.isfinite(value):
-        return None
-    return value

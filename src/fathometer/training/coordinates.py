@@ -2,8 +2,9 @@ r"""How far features and outputs move in the first steps of training, against wi
 
 Under a scaling with meta exponent s a step moves the output by an amount that no width changes, and hidden features by
 :math:`n^{-(1-s)/2}`: frozen as the width grows at s = 0 (neural tangent), moving at one pace at s = 1 (maximal update).
-With heads of fixed width attention logits follow the features. One learning rate for all groups moves wide models
-further and further: features by :math:`n` and the output by :math:`n^{3/2}` with AdamW, by :math:`n^{1/2}` and
+With heads of fixed width attention logits follow the features; with a fixed number of heads a logit is a sum over
+:math:`d_{head} \propto n` entries and moves :math:`n^{1/2}` times as far. One learning rate for all groups moves wide
+models further and further: features by :math:`n` and the output by :math:`n^{3/2}` with AdamW, by :math:`n^{1/2}` and
 :math:`n` with gradient descent.
 
 The slope of the output is that of models wider than their number of outputs V: of a typical output, a step moves a part
@@ -16,6 +17,7 @@ G. Yang et al., arXiv:2203.03466, Appendix D.1. The exponents are derived in doc
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,15 +28,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fathometer._version import __version__
 from fathometer.errors import ModelError
 from fathometer.measurement.tangent_slopes import log_slope
 from fathometer.measurement.untouched import untouched
 from fathometer.models.trace import AttentionCall, first_tensor, hooked, watch_attention
 from fathometer.prescription.width_scaling import FixedHeads, Optimizer, ScalingScheme
+from fathometer.results.plain import plain
 from fathometer.training.families import (
     Build,
     Family,
-    Progress,
     Recipe,
     Task,
     check_runs,
@@ -43,6 +46,7 @@ from fathometer.training.families import (
     seeded,
     train_steps,
 )
+from fathometer.training.runs import Progress
 
 FloatArray = NDArray[np.float64]
 
@@ -60,7 +64,8 @@ class CoordinateCheck:
         widths: Shape ``(n_widths,)``, ascending.
         steps: Numbers of steps taken.
         changes: Root mean square change since the start on the first batch, by place: ``"stem"`` (what enters the first
-            block), ``"block i"`` (what leaves it), ``"attention logits"`` (of all blocks) and ``"output"``; shape
+            block), ``"block i"`` (what leaves it), ``"attention logits"`` (the visible ones of all blocks) and
+            ``"output"``; shape
             ``(n_widths, n_steps, n_seeds)``; NaN where a model left the finite numbers.
         protocol: Everything that was held fixed.
     """
@@ -90,12 +95,20 @@ class CoordinateCheck:
 
     @property
     def expected(self) -> dict[str, float]:
-        """Slopes that theory gives for small steps of wide models, by place."""
+        """Slopes that theory gives for small steps of wide models, by place.
+
+        Empty for a recipe with rates of its own. Without the blocks where the number of heads is fixed: there logits
+        outrun features, and what leaves a block turns from the power of the one to that of the other.
+        """
+        if self.protocol["rates"]:
+            return {}
         if self.uniform:
             stem, hidden, output = (0.0, 1.0, 1.5) if self.protocol["optimizer"] == "adamw" else (-0.5, 0.5, 1.0)
         else:
             stem, output = (self.s - 1) / 2, 0.0
             hidden = stem
+        if self.protocol["fixed"] == "n_heads":
+            return {STEM: stem, LOGITS: hidden + 0.5, OUTPUT: output}
         return {place: {STEM: stem, OUTPUT: output}.get(place, hidden) for place in self.changes}
 
     def to_dict(self) -> dict[str, Any]:
@@ -105,19 +118,17 @@ class CoordinateCheck:
             "scheme": self.scheme,
             "s": self.s,
             "uniform": self.uniform,
-            "widths": self.widths.tolist(),
+            "widths": plain(self.widths),
             "steps": list(self.steps),
-            "changes": {
-                place: [[[_plain(x) for x in row] for row in rows] for rows in values.tolist()]
-                for place, values in self.changes.items()
-            },
-            "slopes": {
-                str(step): {place: [_plain(x) for x in slope] for place, slope in self.slopes(step).items()}
-                for step in self.steps
-            },
+            "changes": plain(self.changes),
+            "slopes": {str(step): plain(self.slopes(step)) for step in self.steps},
             "expected": self.expected,
-            "protocol": dict(self.protocol),
+            "protocol": plain(self.protocol),
         }
+
+    def to_json(self) -> str:
+        """Return :meth:`to_dict` as text."""
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False)
 
 
 def coordinate_check(
@@ -184,18 +195,22 @@ def coordinate_check(
         steps=looks,
         changes=changes,
         protocol={
+            "model": family.fingerprint(),
+            "overrides": dict(overrides or {}),
             "task": task.name,
+            "rates": dict(chosen.rates),
             "lr": lr,
             "base_width": base_width,
             "optimizer": optimizer,
             "fixed": fixed,
             "seeds": seeds,
+            "version": __version__,
         },
     )
 
 
 def _features(model: nn.Module, blocks: Sequence[str], inputs: Any) -> dict[str, list[Tensor]]:
-    """Return what enters the blocks, leaves each, all visible attention logits, and the output."""
+    """Return what enters the blocks, leaves each, attention logits (minus infinity where masked), and the output."""
     seen: dict[str, list[Tensor]] = {}
     modules = dict(model.named_modules())
 
@@ -210,8 +225,7 @@ def _features(model: nn.Module, blocks: Sequence[str], inputs: Any) -> dict[str,
         seen.setdefault(f"block {blocks.index(name) + 1}", []).append(result.detach().clone())
 
     def attend(call: AttentionCall) -> None:
-        scores = call.scores()
-        seen.setdefault(LOGITS, []).append(scores.masked_fill(torch.isneginf(scores), 0.0))
+        seen.setdefault(LOGITS, []).append(call.scores())
 
     with (
         untouched(model),
@@ -226,11 +240,12 @@ def _features(model: nn.Module, blocks: Sequence[str], inputs: Any) -> dict[str,
 
 
 def _distance(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
-    """Return the root mean square difference; NaN where it is not finite."""
-    squares = torch.cat([(b - a).double().square().flatten() for a, b in zip(before, after, strict=True)])
+    """Return the root mean square difference over what is not masked in both; NaN where it is not finite."""
+    squares = torch.cat(
+        [
+            (b - a).double().square()[~(torch.isneginf(a) & torch.isneginf(b))]
+            for a, b in zip(before, after, strict=True)
+        ]
+    )
     value = float(squares.mean().sqrt())
     return value if math.isfinite(value) else math.nan
-
-
-def _plain(value: float) -> float | None:
-    return value if math.isfinite(value) else None

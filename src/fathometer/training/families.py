@@ -7,6 +7,8 @@ are one and the same.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,7 +29,6 @@ from fathometer.training.runs import batches
 from fathometer.training.text import ByteText, training_batches
 
 Build: TypeAlias = Callable[[int, int], nn.Module]
-Progress: TypeAlias = Callable[[str, int, int], None]
 
 UNIFORM = "uniform"
 
@@ -59,7 +60,8 @@ def language_task(text: ByteText, *, n_tokens: int, batch_size: int) -> Task:
         for batch in training_batches(text, "causal", n_tokens=n_tokens, batch_size=batch_size, seed=seed):
             yield batch.inputs, batch.targets
 
-    return Task(name=f"{text.name}, {batch_size} x {n_tokens} bytes", batches=of_seed)
+    read = f"{text.name} {text.digest[:12]}, {len(text.train)} bytes and {len(text.held_out)} held out"
+    return Task(name=f"{read}, {batch_size} x {n_tokens} a step", batches=of_seed)
 
 
 def digits_task(data: Digits, *, batch_size: int) -> Task:
@@ -74,7 +76,7 @@ def digits_task(data: Digits, *, batch_size: int) -> Task:
         for chosen in batches(len(data.train), batch_size, seed):
             yield data.train[chosen], data.train_labels[chosen]
 
-    return Task(name=f"digits, {batch_size} a step", batches=of_seed)
+    return Task(name=f"{len(data.train)} digits, {batch_size} a step", batches=of_seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +150,7 @@ class Family:
         self.overrides = overrides
         self._inputs = next(task.batches(0))[0]
         self._roles: dict[int, ModelRoles] = {}
-        self._stds: dict[str, float] | None = None
+        self._base: tuple[dict[str, float], str] | None = None
 
     def roles(self, width: int) -> ModelRoles:
         """Return the roles of the parameters at a width, read once."""
@@ -160,6 +162,33 @@ class Family:
             self._roles[width] = found
         return self._roles[width]
 
+    def fingerprint(self) -> str:
+        """Return what tells this family from another: class, size and a digest of the model of the base width.
+
+        The digest is over names, shapes and roles of parameters, kinds of modules, numbers of heads and standard
+        deviations. Of numbers and functions in a model's code it knows nothing.
+        """
+        return self._at_base_width()[1]
+
+    def _at_base_width(self) -> tuple[dict[str, float], str]:
+        """Return the standard deviations of every role at the base width, and the fingerprint."""
+        if self._base is None:
+            roles = self.roles(self.base_width)
+            with seeded(0):
+                model = self.build(self.base_width, 0)
+            stds = role_stds(model, roles)
+            described = {
+                "parameters": [(name, list(parameter.shape)) for name, parameter in model.named_parameters()],
+                "roles": [(row.parameter, row.role) for row in roles.roles],
+                "modules": [(name, type(module).__qualname__) for name, module in model.named_modules()],
+                "heads": [roles.n_heads, roles.n_kv_heads],
+                "stds": {role: f"{std:.6g}" for role, std in stds.items()},
+            }
+            digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:12]
+            count = sum(parameter.numel() for parameter in model.parameters())
+            self._base = stds, f"{type(model).__qualname__}, {count} parameters at width {self.base_width}, {digest}"
+        return self._base
+
     def start(self, chosen: Recipe, *, width: int, seed: int, rate: float) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Return the model of a width and a seed as the recipe starts it, and its optimizer.
 
@@ -168,9 +197,7 @@ class Family:
             width, seed: Which model.
             rate: Learning rate at the base width.
         """
-        if self._stds is None:
-            with seeded(0):
-                self._stds = role_stds(self.build(self.base_width, 0), self.roles(self.base_width))
+        stds, _ = self._at_base_width()
         roles, model = self.roles(width), self.build(width, seed)
         biases = {
             row.parameter: dict(model.named_parameters())[row.parameter].detach().clone()
@@ -181,7 +208,7 @@ class Family:
             model,
             chosen.scheme,
             base_width=self.base_width,
-            base_stds=self._stds,
+            base_stds=stds,
             roles=roles,
             seed=seed,
             fixed=self.fixed,

@@ -17,9 +17,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,14 +30,13 @@ from fathometer.errors import BatchError, DomainError, SpecError
 from fathometer.models import reference_network
 from fathometer.models.reference import norm_module
 from fathometer.models.seeding import named_generator
+from fathometer.results.plain import plain
 from fathometer.spec import Head, LayerNorm, Network, TokenStem, Transformer
-from fathometer.training.runs import diverged
+from fathometer.training.runs import DIVERGED, OK, Progress, final_loss
 from fathometer.training.text import Batch, ByteText, held_out_batches, training_batches
 
-Progress: TypeAlias = Callable[[str, int, int], None]
-
-#: Statuses of a run.
-OK, DIVERGED, INTERRUPTED = "ok", "diverged", "interrupted"
+#: Status of a run that was stopped from outside.
+INTERRUPTED = "interrupted"
 
 
 def language_network(
@@ -63,12 +61,18 @@ def language_network(
             ``head_multiplier d_model``, which is little at small widths and the small rates that deep stacks bear.
     Raises:
         SpecError: for a tied head with a ``head_multiplier``.
+        DomainError: for a dropout outside ``[0, 1)``, or a deviation or multiplier that is not positive and finite.
 
     >>> from fathometer.spec import preset
     >>> network = language_network(preset("gpt2"), tied=True)
     >>> round(network.head.multiplier * 768**0.5 * network.stem.token, 12)
     1.0
     """
+    if not 0 <= dropout < 1:
+        raise DomainError(f"dropout must lie in [0, 1); got {dropout!r}", value=dropout)
+    for name, value in (("logit_std", logit_std), ("head_multiplier", head_multiplier)):
+        if not (math.isfinite(value) and value > 0):
+            raise DomainError(f"{name} must be positive and finite; got {value!r}", value=value)
     std = math.sqrt((1 - dropout) / 2)
     stem = TokenStem(token=std, position=std, dropout=dropout)
     if not tied:
@@ -144,7 +148,8 @@ class LanguageRun:
         held_out: Loss on the held-out windows after the last step, nats; NaN unless ``status`` is ``"ok"``.
         unigram_loss: The loss there of the symbols' frequencies: the mark of a network that knows nothing of context.
         status: ``"ok"``, ``"diverged"`` as in :class:`fathometer.training.Run`, or ``"interrupted"``.
-        seconds_per_step: Median time of a step; for networks trained together, their time over their number.
+        seconds_per_step: Median time of a step, NaN without one; for networks trained together, their time over their
+            number.
     """
 
     losses: tuple[float, ...]
@@ -155,8 +160,7 @@ class LanguageRun:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data; numbers that are not finite become ``None``."""
-        plain = {**asdict(self), "losses": [_plain(loss) for loss in self.losses], "held_out": _plain(self.held_out)}
-        return {"schema": 1, **plain}
+        return {"schema": 1, **plain(self)}
 
     def to_json(self) -> str:
         """Return :meth:`to_dict` as text."""
@@ -171,13 +175,16 @@ class LanguageRun:
         """
         if data.get("schema") != 1:
             raise SpecError(f"a run of schema {data.get('schema')!r} is not known to this version; accepted: 1")
-        numbers = [math.nan if loss is None else float(loss) for loss in data["losses"]]
+
+        def number(value: Any) -> float:
+            return math.nan if value is None else float(value)
+
         return cls(
-            losses=tuple(numbers),
-            held_out=math.nan if data["held_out"] is None else float(data["held_out"]),
+            losses=tuple(number(loss) for loss in data["losses"]),
+            held_out=number(data["held_out"]),
             unigram_loss=float(data["unigram_loss"]),
             status=str(data["status"]),
-            seconds_per_step=float(data["seconds_per_step"]),
+            seconds_per_step=number(data["seconds_per_step"]),
         )
 
 
@@ -240,7 +247,7 @@ def train_language_model(
     updater = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=weight_decay)
     losses: list[float] = []
     times: list[float] = []
-    interrupted = False
+    held_out, status = math.nan, DIVERGED
     devices = [] if torch.device(device).type == "cpu" else [device]
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
@@ -261,22 +268,20 @@ def train_language_model(
                 times.append(time.perf_counter() - started)
                 if progress is not None:
                     progress("training", step + 1, steps)
+            if run_status(losses, steps) == OK:
+                model.eval()
+                with torch.no_grad():
+                    judgement = float(np.mean([float(batch_loss(model, batch, device)) for batch in judged]))
+                held_out = judgement if math.isfinite(judgement) else math.nan
+            status = DIVERGED if math.isnan(held_out) else OK
         except KeyboardInterrupt:
-            interrupted = True
-    status = INTERRUPTED if interrupted else run_status(losses, steps)
-    held_out = math.nan
-    if status == OK:
-        model.eval()
-        with torch.no_grad():
-            held_out = float(np.mean([float(batch_loss(model, batch, device)) for batch in judged]))
-        if not math.isfinite(held_out):
-            status = DIVERGED
+            status = INTERRUPTED
     return LanguageRun(
         losses=tuple(losses),
         held_out=held_out,
         unigram_loss=frequency_loss(text, judged),
         status=status,
-        seconds_per_step=float(np.median(times)) if times else 0.0,
+        seconds_per_step=float(np.median(times)) if times else math.nan,
     )
 
 
@@ -301,8 +306,7 @@ def frequency_loss(text: ByteText, batches: list[Batch]) -> float:
 
 def run_status(losses: list[float], steps: int) -> str:
     """Return ``"ok"`` or ``"diverged"`` of the losses of a run that should have taken ``steps`` steps."""
-    survived = len(losses) == steps and not bool(diverged(np.array(losses)))
-    return OK if survived else DIVERGED
+    return OK if math.isfinite(final_loss(losses, steps)) else DIVERGED
 
 
 def check_run(network: Network, objective: str, *, rate: float, steps: int, warmup: int) -> None:
@@ -334,7 +338,3 @@ def check_language_network(network: Network) -> TokenStem:
     if network.head.pooling != "none":
         raise SpecError(f"a language model reads every token; Head.pooling is {network.head.pooling!r}")
     return network.stem
-
-
-def _plain(value: float) -> float | None:
-    return value if math.isfinite(value) else None

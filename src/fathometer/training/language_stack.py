@@ -18,16 +18,13 @@ from fathometer.models.seeding import named_generator
 from fathometer.models.stacked import Grid, StackedBranch, StackedNorm, StackedTransformer
 from fathometer.spec import Network, Transformer, batch_shape
 from fathometer.training.language import (
-    DIVERGED,
-    OK,
     LanguageRun,
-    Progress,
     check_language_network,
     check_run,
     frequency_loss,
     judging_batches,
 )
-from fathometer.training.runs import diverged
+from fathometer.training.runs import DIVERGED, OK, Progress, diverged
 from fathometer.training.stacked import descend
 from fathometer.training.text import Batch, ByteText, training_batches
 

@@ -22,8 +22,8 @@ from fathometer.models.seeding import named_generator
 from fathometer.models.stacked import standardised
 from fathometer.spec import Transformer
 from fathometer.training.digits import load_digits
-from fathometer.training.runs import batches, diverged
-from fathometer.training.stacked import Progress, descend
+from fathometer.training.runs import DIVERGED, OK, Progress, batches, diverged
+from fathometer.training.stacked import descend
 
 _EPSILON = 1e-5
 HIDDEN = 0.25  # share of tokens to guess
@@ -171,6 +171,6 @@ def train_masked(
     return MaskedRun(
         losses=losses,
         test_loss=np.where(failed, np.inf, test),
-        status=np.where(failed, "diverged", "ok"),
+        status=np.where(failed, DIVERGED, OK),
         unigram_entropy=data.unigram_entropy,
     )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -13,6 +14,12 @@ from torch import Tensor, nn
 
 from fathometer.errors import DomainError
 from fathometer.training.digits import Digits
+
+#: Called with a label, how much is done, and of how much.
+Progress: TypeAlias = Callable[[str, int, int], None]
+
+#: Statuses of a run.
+OK, DIVERGED = "ok", "diverged"
 
 #: How far above the first loss, relatively, a run may end without counting as diverged: batch noise is smaller.
 DIVERGENCE = 0.05
@@ -80,13 +87,13 @@ def train(
         updater.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         updater.step()
-    survived = len(losses) == steps and not bool(diverged(np.array(losses)))
+    survived = math.isfinite(final_loss(losses, steps))
     with torch.no_grad():
         right = model(data.test).argmax(dim=-1) == data.test_labels
     return Run(
         losses=tuple(losses),
         accuracy=float(right.float().mean()) if survived else math.nan,
-        status="ok" if survived else "diverged",
+        status=OK if survived else DIVERGED,
     )
 
 
@@ -102,7 +109,7 @@ def largest_stable_rate(run: Callable[[float], Run], *, low: float, high: float)
     best, tried, rate = 0.0, [], low
     while rate <= high * 1.0001:
         tried.append(run(rate))
-        if tried[-1].status != "ok":
+        if tried[-1].status != OK:
             break
         best, rate = rate, 2 * rate
     return best, tried
@@ -116,8 +123,27 @@ def diverged(losses: NDArray[np.float64]) -> NDArray[np.bool_]:
     Returns:
         The shape of ``losses`` without its first axis.
     """
-    tail = losses[-max(len(losses) // 5, 1) :]
-    return np.asarray(~(tail.mean(axis=0) < (1 + DIVERGENCE) * losses[0]))
+    return np.asarray(~(last_fifth(losses) < (1 + DIVERGENCE) * losses[0]))
+
+
+def last_fifth(losses: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the mean over the last fifth of the steps, the first axis of ``losses``; of one step at least."""
+    return np.asarray(losses[-max(len(losses) // 5, 1) :].mean(axis=0))
+
+
+def final_loss(losses: Sequence[float], steps: int) -> float:
+    """Return the mean loss over the last fifth of a run.
+
+    Args:
+        losses: One a step.
+        steps: How many there should be.
+    Returns:
+        NaN if the run stopped early, left the finite numbers or diverged.
+    """
+    curve = np.array(losses, dtype=np.float64)
+    if len(curve) != steps or not np.isfinite(curve).all() or bool(diverged(curve)):
+        return math.nan
+    return float(last_fifth(curve))
 
 
 def batches(size: int, batch_size: int, seed: int) -> Iterator[Tensor]:

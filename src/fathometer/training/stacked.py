@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,13 +18,11 @@ from fathometer.models.seeding import named_generator
 from fathometer.models.stacked import standardised
 from fathometer.spec import Transformer
 from fathometer.training.digits import CLASSES, PATCH_PIXELS, PATCHES, Digits
-from fathometer.training.runs import batches, diverged
+from fathometer.training.runs import DIVERGED, OK, Progress, batches, diverged
 from fathometer.training.vision import PatchClassifier
 
 #: The last norm's, as in ``nn.LayerNorm``.
 _EPSILON = 1e-5
-
-Progress: TypeAlias = Callable[[str, int, int], None]
 
 
 class StackedClassifier(nn.Module):
@@ -229,7 +227,7 @@ def train_together(
         losses=losses,
         test_loss=np.where(failed, np.inf, test_loss),
         accuracy=np.where(failed, np.nan, accuracy),
-        status=np.where(failed, "diverged", "ok"),
+        status=np.where(failed, DIVERGED, OK),
         frozen_at=frozen_at,
     )
 

@@ -17,7 +17,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fathometer._version import __version__
 from fathometer.errors import DomainError, SpecError
 from fathometer.prescription.width_scaling import FixedHeads, Optimizer, ScalingScheme
+from fathometer.results.files import write_atomically
+from fathometer.results.plain import plain
 from fathometer.training.families import (
     UNIFORM,
     Build,
     Family,
-    Progress,
     Recipe,
     Task,
     check_runs,
@@ -39,13 +41,15 @@ from fathometer.training.families import (
     seeded,
     train_steps,
 )
-from fathometer.training.runs import diverged
+from fathometer.training.runs import DIVERGED, OK, Progress, final_loss
 
 FloatArray = NDArray[np.float64]
 
-OK, DIVERGED = "ok", "diverged"
+EDGE, CLIFF = "edge", "cliff"
 SCHEMES = (UNIFORM, "neural-tangent", "hybrid", "maximal-update")
 _RESAMPLES = 1000
+_JOURNAL = 2  # schema
+_WORSE = (OK, CLIFF, EDGE, DIVERGED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +59,11 @@ class Optimum:
     Attributes:
         grid_rate: Where the mean loss is least on the grid; NaN where every rate has a run that diverged.
         rate: The vertex of the parabola; ``grid_rate`` where a neighbour is missing or diverged.
-        error: Standard error of the base-two logarithm of ``rate``, over resampled seeds.
+        error: Standard error of the base-two logarithm of ``rate``, over resampled seeds; NaN unless ``status`` is
+            ``"ok"``.
         loss: Least mean loss on the grid.
         status: ``"ok"``; ``"edge"`` if the least loss is at an end of the grid, ``"cliff"`` if beside a rate that
-            diverged (the fit then has no error below half a step); ``"diverged"`` if there is no rate without.
+            diverged; ``"diverged"`` if there is no rate without. Only an ``"ok"`` optimum lies between its neighbours.
     """
 
     grid_rate: float
@@ -75,12 +80,22 @@ class Shift:
     Attributes:
         grid: On the grid of rates.
         fitted: Of the parabolas.
-        error: Standard error of ``fitted`` over seeds, resampled for both widths alike.
+        error: Standard error of ``fitted`` over seeds, resampled for both widths alike; NaN unless ``status`` is
+            ``"ok"``.
+        status: The worse of those of the two optima, see :class:`Optimum`. Behind an edge of the grid either optimum
+            may lie anywhere, so that nothing is known of the shift.
     """
 
     grid: float
     fitted: float
     error: float
+    status: str
+
+    def __str__(self) -> str:
+        """Return the shift on the grid, with that of the parabolas where there is one, else with the status."""
+        if self.status == OK:
+            return f"{self.grid:+.0f} ({self.fitted:+.2f} +- {self.error:.2f})"
+        return self.status if math.isnan(self.grid) else f"{self.grid:+.0f} ({self.status})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +125,7 @@ class TransferCheck:
         out = []
         for losses in self.losses[scheme]:
             (at,), (vertex,), (status,) = _least(x, losses.mean(axis=-1)[None])
-            error = _spread(_vertices(x, losses), losses.shape[-1])
+            error = _spread(_vertices(x, losses), losses.shape[-1]) if status == OK else math.nan
             known = status != DIVERGED
             out.append(
                 Optimum(
@@ -127,11 +142,13 @@ class TransferCheck:
         """Return how far the optimum moves over all widths."""
         found, x = self.optima(scheme), np.log2(self.rates)
         first, last = found[0], found[-1]
+        status = max(first.status, last.status, key=_WORSE.index)
         moved = _vertices(x, self.losses[scheme][-1]) - _vertices(x, self.losses[scheme][0])
         return Shift(
             grid=float(np.log2(last.grid_rate / first.grid_rate)),
             fitted=float(np.log2(last.rate / first.rate)),
-            error=_spread(moved, self.losses[scheme].shape[-1]),
+            error=_spread(moved, self.losses[scheme].shape[-1]) if status == OK else math.nan,
+            status=status,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -139,14 +156,18 @@ class TransferCheck:
         return {
             "schema": 1,
             "schemes": list(self.schemes),
-            "widths": self.widths.tolist(),
-            "rates": self.rates.tolist(),
-            "losses": {name: _plain(values.tolist()) for name, values in self.losses.items()},
-            "status": {name: values.tolist() for name, values in self.status.items()},
-            "optima": {name: [_plain(asdict(one)) for one in self.optima(name)] for name in self.schemes},
-            "shifts": {name: _plain(asdict(self.shift(name))) for name in self.schemes},
-            "protocol": dict(self.protocol),
+            "widths": plain(self.widths),
+            "rates": plain(self.rates),
+            "losses": plain(self.losses),
+            "status": plain(self.status),
+            "optima": {name: plain(self.optima(name)) for name in self.schemes},
+            "shifts": {name: plain(self.shift(name)) for name in self.schemes},
+            "protocol": plain(self.protocol),
         }
+
+    def to_json(self) -> str:
+        """Return :meth:`to_dict` as text."""
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False)
 
 
 def transfer_check(
@@ -181,7 +202,9 @@ def transfer_check(
         steps, warmup: Of every run.
         seeds: Runs that are averaged, at least two, each with weights and data of its own.
         optimizer, fixed, overrides: See :class:`fathometer.training.families.Family`.
-        journal: File of finished runs, rewritten in one step after each. Runs found in it are not made again.
+        journal: File of finished runs, rewritten in one step after each. Runs found in it are not made again. It
+            belongs to one task, protocol, version and family of models; families that differ in nothing that
+            :meth:`fathometer.training.families.Family.fingerprint` sees need journals of their own.
         progress: Called with (label, done, total) after every run.
     Returns:
         The losses. Cost: the number of runs times ``steps`` times a forward and reverse pass; wide models dominate.
@@ -201,12 +224,15 @@ def transfer_check(
     widths, rates = sorted(widths), sorted(float(rate) for rate in rates)
     family = Family(build, task, base_width=base_width, optimizer=optimizer, fixed=fixed, overrides=overrides)
     protocol = {
+        "model": family.fingerprint(),
+        "overrides": dict(overrides or {}),
         "task": task.name,
         "steps": steps,
         "warmup": warmup,
         "optimizer": optimizer,
         "base_width": base_width,
         "fixed": fixed,
+        "version": __version__,
         "recipes": {one.name: {"s": one.scheme.s, "uniform": one.uniform, "rates": dict(one.rates)} for one in chosen},
     }
     kept = _Journal(journal, {key: value for key, value in protocol.items() if key != "recipes"})
@@ -216,12 +242,13 @@ def transfer_check(
     places = list(product(range(len(widths)), range(seeds), chosen, range(len(rates))))
     for done, (i, k, one, j) in enumerate(places, start=1):
         label = "base" if widths[i] == base_width and not one.rates else _label(one)
-        key = f"{label} | width {widths[i]} | rate {rates[j]:.9g} | seed {k}"
+        key = f"{label} | width {widths[i]} | rate {rates[j]!r} | seed {k}"
         if key not in kept.runs:
             with seeded(k):
                 model, updater = family.start(one, width=widths[i], seed=k, rate=rates[j])
                 curve = list(train_steps(model, updater, task.batches(k), steps=steps, warmup=warmup))
-            kept.add(key, _final(curve, steps))
+            loss = final_loss(curve, steps)
+            kept.add(key, loss if math.isfinite(loss) else None)
         found = kept.runs[key]
         if found is not None:
             losses[one.name][i, j, k], status[one.name][i, j, k] = found, OK
@@ -237,16 +264,9 @@ def transfer_check(
     )
 
 
-def _final(curve: list[float], steps: int) -> float | None:
-    """Return the mean loss over the last fifth of a run, ``None`` if it diverged."""
-    if len(curve) < steps or not math.isfinite(sum(curve)) or bool(diverged(np.array(curve))):
-        return None
-    return float(np.mean(curve[-max(steps // 5, 1) :]))
-
-
 def _label(one: Recipe) -> str:
-    rates = "".join(f", {role} {rate:.9g}" for role, rate in sorted(one.rates.items()))
-    return f"{'uniform' if one.uniform else 'scaled'} s {one.scheme.s:.9g} {one.scheme.name}{rates}"
+    rates = "".join(f", {role} {rate!r}" for role, rate in sorted(one.rates.items()))
+    return f"{'uniform' if one.uniform else 'scaled'} s {one.scheme.s!r} {one.scheme.name}{rates}"
 
 
 def _least(x: FloatArray, means: FloatArray) -> tuple[NDArray[np.int64], FloatArray, NDArray[np.str_]]:
@@ -259,8 +279,8 @@ def _least(x: FloatArray, means: FloatArray) -> tuple[NDArray[np.int64], FloatAr
         moved = (right**2 * (low - down) - left**2 * (low - up)) / (-left * (low - up) + right * (low - down)) / 2
     known = np.isfinite(means[rows, at])
     status = np.full(len(means), OK, dtype="<U8")
-    status[~(np.isfinite(down) & np.isfinite(up))] = "cliff"
-    status[at != inside] = "edge"
+    status[~(np.isfinite(down) & np.isfinite(up))] = CLIFF
+    status[at != inside] = EDGE
     status[~known] = DIVERGED
     fitted = (status == OK) & np.isfinite(moved)
     return at, np.where(known, np.where(fitted, here + np.where(fitted, moved, 0.0), x[at]), np.nan), status
@@ -279,14 +299,6 @@ def _spread(values: FloatArray, n_seeds: int) -> float:
     return float(seen.std() * math.sqrt(n_seeds / (n_seeds - 1))) if len(seen) > 1 else math.nan
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_plain(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 class _Journal:
     """Finished runs by name, in a file that is replaced whole after each; ``None`` for a run that diverged."""
 
@@ -298,10 +310,14 @@ class _Journal:
             return
         try:
             found = json.loads(self.path.read_text(encoding="utf-8"))
-            known, runs = found["protocol"], found["runs"]
-            self.runs = {str(key): None if loss is None else float(loss) for key, loss in runs.items()}
+            schema, known = found["schema"], dict(found["protocol"])
+            self.runs = {key: None if loss is None else float(loss) for key, loss in found["runs"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise SpecError(f"{os.fspath(self.path)!r} is no journal of a transfer check: {error}") from error
+        if schema != _JOURNAL:
+            raise SpecError(
+                f"the journal {os.fspath(self.path)!r} has schema {schema!r}; accepted: {_JOURNAL}; name another file"
+            )
         for name, value in protocol.items():
             if known.get(name) != value:
                 raise SpecError(
@@ -314,13 +330,8 @@ class _Journal:
         self.runs[key] = loss
         if self.path is None:
             return
-        text = json.dumps({"schema": 1, "protocol": self.protocol, "runs": self.runs}, indent=1, allow_nan=False)
-        beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        content = {"schema": _JOURNAL, "protocol": self.protocol, "runs": self.runs}
         try:
-            with beside.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, self.path)
+            write_atomically(self.path, json.dumps(content, indent=1, allow_nan=False).encode())
         except OSError as error:
             raise SpecError(f"cannot write the journal {os.fspath(self.path)!r}: {error.strerror or error}") from error

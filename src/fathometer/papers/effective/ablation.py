@@ -103,7 +103,7 @@ def ablation(size: Size, progress: Progress) -> Ablation:
     """
     from fathometer.training import load_digits
     from fathometer.training.families import Family, Recipe, digits_task, seeded, train_steps
-    from fathometer.training.runs import diverged
+    from fathometer.training.runs import final_loss
 
     width = 64 if size.d_model <= SMALL.d_model else 256
     steps = min(max(5, size.grid), 400)
@@ -120,9 +120,9 @@ def ablation(size: Size, progress: Progress) -> Ablation:
         chosen = Recipe(name=name, scheme=SCALINGS[RULES], uniform=True, rates=factors[name])
         with seeded(k):
             model, updater = family.start(chosen, width=width, seed=k, rate=rates[j])
-            curve = np.array(list(train_steps(model, updater, task.batches(k), steps=steps)))
-        if len(curve) == steps and np.isfinite(curve).all() and not diverged(curve):
-            losses[name][j, k] = curve[-max(steps // 5, 1) :].mean()
+            loss = final_loss(list(train_steps(model, updater, task.batches(k), steps=steps)), steps)
+        if math.isfinite(loss):
+            losses[name][j, k] = loss
             accuracies[name][j, k] = _accuracy(model, data)
         progress(name, done, len(runs))
     about = {

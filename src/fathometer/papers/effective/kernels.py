@@ -110,7 +110,7 @@ def kernels(size: Size, progress: Progress) -> Kernels:
     """Predict and measure kernels and tangent kernels at several widths.
 
     Args:
-        size: Four times its ``seeds`` draws, at least twelve; widths 32 to 256 at the small size, else 64 to 1024.
+        size: Six times its ``seeds`` draws, at least twelve; widths 32 to 256 at the small size, else 64 to 1024.
         progress: Told after every width.
     """
     found, widths, draws = _measured(size, progress)

@@ -25,7 +25,7 @@ from fathometer.papers.effective.models import language_model, vision_model
 from fathometer.papers.item import SMALL, Cell, Progress, Size, Table, plain
 
 if TYPE_CHECKING:
-    from fathometer.training.transfer import TransferCheck
+    from fathometer.training.transfer import Optimum, TransferCheck
 
 N_TOKENS, WINDOWS = 16, 8
 DIGITS = 8
@@ -55,9 +55,8 @@ class Transfer:
         for name in check.schemes:
             shift = check.shift(name)
             optima = check.optima(name)
-            cells = [f"{_log2(one.rate)} +- {one.error:.1g}{_mark(one.status)}" for one in optima]
-            moved = f"{shift.grid:+.0f} ({shift.fitted:+.2f} +- {shift.error:.2f})"
-            rows.append((name, *cells, moved, f"{optima[-1].loss:.3f}"))
+            cells = [_optimum(one) for one in optima]
+            rows.append((name, *cells, str(shift), f"{optima[-1].loss:.3f}"))
         return Table(
             title=f"log2 of the best learning rate, by width; {self.about['task']}, {check.protocol['steps']} steps",
             headings=("recipe", *(f"width {w}" for w in check.widths), "shift, grid (fit)", "best loss, widest"),
@@ -109,9 +108,6 @@ def _transfer(build: Any, task: Any, name: str, powers: Iterable[int], size: Siz
     return Transfer(check=check, about=about)
 
 
-def _log2(rate: float) -> str:
-    return f"{math.log2(rate):.2f}" if rate > 0 else "-"
-
-
-def _mark(status: str) -> str:
-    return "" if status == "ok" else f" ({status})"
+def _optimum(one: Optimum) -> str:
+    place = f"{math.log2(one.rate):.2f}" if one.rate > 0 else "-"
+    return f"{place} +- {one.error:.1g}" if one.status == "ok" else f"{place} ({one.status})"

@@ -165,7 +165,7 @@ class RunFolder(MutableMapping[str, "LanguageRun"]):
 
     def __setitem__(self, key: str, run: LanguageRun) -> None:
         """Keep a run."""
-        from fathometer.report.save import write_atomically
+        from fathometer.results.files import write_atomically
 
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self._path(key), run.to_json().encode())

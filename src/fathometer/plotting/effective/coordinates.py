@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -40,7 +40,7 @@ def draw_coordinates(checks: CoordinateCheck | Sequence[CoordinateCheck], *, ste
 
 
 def _panel(ax: Axes, check: CoordinateCheck, step: int) -> None:
-    slopes, at = check.slopes(step), check.steps.index(step)
+    slopes, at, expected = check.slopes(step), check.steps.index(step), check.expected
     ax.set_yscale("log")
     width_axis(ax, [int(width) for width in check.widths])
     styles = _styles(list(check.changes))
@@ -61,15 +61,27 @@ def _panel(ax: Axes, check: CoordinateCheck, step: int) -> None:
             label=f"{place}: slope {slope:+.2f} ± {slope_error:.2f}",
             zorder=4,
         )
-        middle = np.exp(np.log(mean).mean())
-        x = np.log(check.widths) - np.log(check.widths).mean()
-        ax.plot(check.widths, middle * np.exp(check.expected[place] * x), color=colour, linewidth=1.3, zorder=3)
-    stem, hidden, output = (check.expected[place] for place in ("stem", "block 1", "output"))
-    inside = f"{hidden:+.3g} inside" if stem == hidden else f"{stem:+.3g} at the stem, {hidden:+.3g} inside"
-    remark(ax, f"lines: theory, slope {inside}, {output:+.3g} at output".replace("+0 ", "0 ").replace("-0 ", "0 "))
+        if place in expected:
+            middle = np.exp(np.log(mean).mean())
+            x = np.log(check.widths) - np.log(check.widths).mean()
+            ax.plot(check.widths, middle * np.exp(expected[place] * x), color=colour, linewidth=1.3, zorder=3)
+    if expected:
+        remark(ax, _theory(expected))
     ax.legend(
         loc="upper center", bbox_to_anchor=(0.5, -0.13), fontsize=8.6, frameon=False, labelcolor=INK, handlelength=1.0
     )
+
+
+def _theory(expected: Mapping[str, float]) -> str:
+    """Return the slopes of theory in one line."""
+    stem, output = expected["stem"], expected["output"]
+    if "block 1" not in expected:
+        inside = f"{stem:+.3g} at the stem, {expected['attention logits']:+.3g} of logits"
+    elif stem == expected["block 1"]:
+        inside = f"{stem:+.3g} inside"
+    else:
+        inside = f"{stem:+.3g} at the stem, {expected['block 1']:+.3g} inside"
+    return f"lines: theory, slope {inside}, {output:+.3g} at output".replace("+0 ", "0 ").replace("-0 ", "0 ")
 
 
 def _styles(places: Sequence[str]) -> dict[str, tuple[str, str]]:

@@ -108,8 +108,12 @@ def _losses(ax: Axes, check: TransferCheck, name: str, *, first: bool) -> None:
             ax.plot(rate, 0.975, marker="x", markersize=6, color=ALARM, transform=ax.get_xaxis_transform(), zorder=4)
     shift = check.shift(name)
     ratio = f"{check.widths[-1] / check.widths[0]:g} x width"
-    if not np.isfinite(shift.grid):
+    if shift.status == "diverged":
         remark(ax, "no optimum: runs diverged at every rate")
+    elif shift.status == "edge":
+        remark(ax, "an optimum lies at an end of the grid: its shift is not known")
+    elif shift.status == "cliff":
+        remark(ax, f"grid optimum $2^{{{shift.grid:+.0f}}}$ over {ratio}, beside rates that diverge")
     elif abs(shift.grid) < 0.5:
         remark(ax, f"grid optimum stays over {ratio}")
     else:
