@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from fathometer._version import __version__
 
 if TYPE_CHECKING:
-    from fathometer.application import emit, initialize, parameter_groups, write_spec
+    from fathometer.application import emit, initialize, parameter_groups, read_encoder_decoder, write_spec
     from fathometer.attention import Annealed, Exact, RandomEnergy, Uniform, UniformLargeN
     from fathometer.diagnosis import Report, Thresholds, diagnose
     from fathometer.diagrams import Diagram, diagram, measured_diagram
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     )
     from fathometer.observables import (
         corpus_overlap,
+        encoder_decoder_tangent_kernel,
         exponents,
         fixed_points,
         gradient_exponent,
@@ -84,6 +85,7 @@ _HOMES = {
         "emit",
         "initialize",
         "parameter_groups",
+        "read_encoder_decoder",
         "write_spec",
     ),
     "fathometer.attention": (
@@ -128,6 +130,7 @@ _HOMES = {
     ),
     "fathometer.observables": (
         "corpus_overlap",
+        "encoder_decoder_tangent_kernel",
         "exponents",
         "fixed_points",
         "gradient_exponent",
@@ -227,6 +230,7 @@ __all__ = [
     "diagnose",
     "diagram",
     "emit",
+    "encoder_decoder_tangent_kernel",
     "equiangular_tokens",
     "exponents",
     "fixed_points",
@@ -248,6 +252,7 @@ __all__ = [
     "predict",
     "predict_encoder_decoder",
     "preset",
+    "read_encoder_decoder",
     "reference_encoder_decoder",
     "reference_network",
     "save_report",

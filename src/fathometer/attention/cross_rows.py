@@ -84,6 +84,33 @@ class CrossRows:
             total = total + dropout_variance * (keys + diagonal_part(self._mixing.backward(noise)))
         return total
 
+    def from_memory(self, tangent: FloatArray, *, dropout_variance: Any = 0.0) -> FloatArray:
+        """Map the Gram matrix of a perturbation of the memory to that of the output: the adjoint of :meth:`to_memory`.
+
+        Args:
+            tangent: Shape ``(..., N, N)``.
+            dropout_variance: As for :meth:`forward`.
+        Returns:
+            Shape ``(..., n, n)``: what goes through the values and, by the scores, through the keys.
+        """
+        total = self.forward(tangent, dropout_variance=dropout_variance)
+        total = total + self._coupling * self._queries * self.score_response(tangent)
+        if np.any(dropout_variance):
+            noise = self._score_response(diagonal_part(self._memory), tangent)
+            total = total + dropout_variance * diagonal_part(self._coupling * self._queries * noise)
+        return np.asarray(total)
+
+    def score_response(self, gram: FloatArray) -> FloatArray:
+        """Return ``sum_cd E[(J_a M J_b)_cd] gram_cd`` with the softmax Jacobians J of two queries.
+
+        Args:
+            gram: Shape ``(..., N, N)``: the memory's Gram matrix where queries are perturbed, that of the perturbation
+                where keys are.
+        Returns:
+            Shape ``(..., n, n)``; zeros where the closure has no path through the scores.
+        """
+        return self._score_response(self._memory, gram)
+
     def row_overlap(self) -> FloatArray:
         """Return, for every query, the mean of ``sum_c A_ac A_bc`` over the other queries; shape ``(..., n)``."""
         n = self._queries.shape[-1]
@@ -102,6 +129,10 @@ class CrossRows:
     def _response(self, values: FloatArray) -> FloatArray:
         """Return ``sum_cd D_cd M_cd / N^2`` with D the doubly centred Gram matrix of the values."""
         return np.asarray(np.sum(_centred(values) * self._memory, axis=(-2, -1), keepdims=True) / self._n_keys**2)
+
+    def _score_response(self, values: FloatArray, gram: FloatArray) -> FloatArray:
+        seen = np.sum(_centred(values) * gram, axis=(-2, -1), keepdims=True) / self._n_keys**2
+        return np.asarray(self._score * seen * np.ones(self._queries.shape))
 
     def _to_keys(self, gradient: FloatArray, values: FloatArray) -> FloatArray:
         seen = np.sum(self._score * gradient * self._queries, axis=(-2, -1), keepdims=True)

@@ -43,6 +43,7 @@ from fathometer.observables.model_moments import moments
 from fathometer.observables.moment_laws import exponential_gradients, linear_growth, sharp_scores
 from fathometer.observables.prediction import predict, profile_of
 from fathometer.observables.tangent import TANGENT_ROLES, TangentKernel, tangent_kernel
+from fathometer.observables.tangent_encoder_decoder import encoder_decoder_tangent_kernel
 from fathometer.observables.weight_gradients import WeightGradients, weight_gradients
 
 __all__ = [
@@ -71,6 +72,7 @@ __all__ = [
     "corpus_overlap",
     "count_overlap",
     "critical_skip_scale",
+    "encoder_decoder_tangent_kernel",
     "equal_token_gradients",
     "exponential_gradients",
     "exponents",

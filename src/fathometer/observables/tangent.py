@@ -15,18 +15,18 @@ Source: E. Dinan, S. Yaida, S. Zhang, arXiv:2304.02034v1, Eqs. 1.80-1.84, 1.89-1
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fathometer.attention import DEFAULT_CLOSURE, Closure, ExchangeableRows, JointRows, SampledRows, as_closure
-from fathometer.errors import BatchError, DomainError, NotCoveredError, SpecError, nearest
-from fathometer.propagation.gram_half_layer import norm_gram, norm_slope
+from fathometer.errors import BatchError, NotCoveredError, SpecError, nearest
+from fathometer.observables.tangent_head import check_epsilon, check_factors, read_out
 from fathometer.propagation.stem import StemGram, stem_gram
 from fathometer.propagation.tangent import Group, propagate_tangent
-from fathometer.spec import Network, PointwiseNorm, SelfAttention, TokenStem, refuse_arrays
+from fathometer.spec import Network, SelfAttention, refuse_arrays
 
 FloatArray = NDArray[np.float64]
 
@@ -155,7 +155,7 @@ def tangent_kernel(
     1.0
     """
     checked_network(network, norm_epsilon)
-    _check_rates(rates or {})
+    check_factors(rates or {}, TANGENT_ROLES)
     stem = stem_gram(
         network.stem, tokens=tokens, patches=patches, patch_gram=patch_gram, positions=positions, segments=segments
     )
@@ -210,27 +210,11 @@ def _network_kernels(
         n_samples=stem.n_samples,
         norm_epsilon=epsilon,
     )
-    tokens, slope = found.gram, np.ones(found.gram.shape)
-    if head.norm is not None:
-        tokens = norm_gram(head.norm, found.gram, epsilon=epsilon)
-        slope = norm_slope(head.norm, found.gram, epsilon=epsilon)
-    multiplier = head.multiplier**2
-    scale = multiplier * head.scale**2
-    groups = {group: scale * slope * kernel for group, kernel in found.kernels.items()}
-    if head.tied and isinstance(network.stem, TokenStem):
-        weight = multiplier * network.trunk.d_model
-        scale = weight * network.stem.token**2
-        groups = {group: scale * slope * kernel for group, kernel in found.kernels.items()}
-        groups["token_embedding", None] = groups["token_embedding", None] + weight * tokens
-    else:
-        groups["head", None] = multiplier * tokens
-    groups["head_bias", None] = np.ones(tokens.shape)
-    if head.norm is not None and not isinstance(head.norm, PointwiseNorm):
-        unit = norm_gram(replace(head.norm, gain=1.0), found.gram, epsilon=epsilon)
-        groups["norm_gain", None] = scale * unit
-        groups["norm_bias", None] = np.full(tokens.shape, scale)
+    output, groups = read_out(
+        found.gram, found.kernels, head, network.stem, d_model=network.trunk.d_model, place=None, epsilon=epsilon
+    )
     alike = averaging.n_tokens if isinstance(averaging, ExchangeableRows) else None
-    return _pooled(scale * tokens, stem, head.pooling, alike), {
+    return _pooled(output, stem, head.pooling, alike), {
         group: rates.get(group[0], 1.0) * _pooled(kernel, stem, head.pooling, alike) for group, kernel in groups.items()
     }
 
@@ -262,13 +246,4 @@ def _error(replicates: FloatArray) -> FloatArray:
 def checked_network(network: Network, epsilon: float) -> None:
     """Refuse networks whose fields are arrays, and an epsilon that is negative or not finite."""
     refuse_arrays(network, "a tangent kernel", "network")
-    if not (np.isfinite(epsilon) and epsilon >= 0):
-        raise DomainError(f"norm_epsilon must be finite and >= 0; got {epsilon!r}", value=epsilon)
-
-
-def _check_rates(rates: Mapping[str, float]) -> None:
-    for role, rate in rates.items():
-        if role not in TANGENT_ROLES:
-            raise SpecError(f"there is no parameter role {role!r}{nearest(role, TANGENT_ROLES)}")
-        if not (np.isfinite(rate) and rate >= 0):
-            raise DomainError(f"the learning-rate factor of {role!r} must be finite and >= 0; got {rate!r}", value=rate)
+    check_epsilon(epsilon)

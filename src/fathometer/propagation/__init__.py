@@ -13,12 +13,14 @@ from fathometer.propagation.exchangeable import BlockMap, check_moments, check_t
 from fathometer.propagation.gram import GramTrajectory, check_attention, check_gram, propagate_gram
 from fathometer.propagation.stem import StemGram, stem_gram
 from fathometer.propagation.tangent import TangentTrajectory, propagate_tangent
+from fathometer.propagation.tangent_cross import EncoderDecoderTangent, propagate_encoder_decoder_tangent
 from fathometer.propagation.trajectory import StreamOverflowError, Trajectory
 
 __all__ = [
     "Attending",
     "BlockMap",
     "EncoderDecoderGramTrajectory",
+    "EncoderDecoderTangent",
     "EncoderDecoderTrajectory",
     "Ends",
     "GramGradients",
@@ -37,6 +39,7 @@ __all__ = [
     "propagate",
     "propagate_encoder_decoder",
     "propagate_encoder_decoder_gram",
+    "propagate_encoder_decoder_tangent",
     "propagate_ends",
     "propagate_gram",
     "propagate_tangent",

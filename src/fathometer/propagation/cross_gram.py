@@ -13,6 +13,7 @@ Source: derived in the documentation.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -116,55 +117,110 @@ class CrossGramHalfLayer:
         memory: Gram matrix of the memory, shape ``(*batch, N, N)``.
         closure: How the softmax is averaged.
         width_ratio: Width of the decoder over that of the memory.
+        norm_epsilon: What LayerNorm and RMSNorm add to the mean square under the root.
+
+    Attributes:
+        normed: Gram matrix of the tokens that ask, behind the input norm.
+        memory: Gram matrix of the memory.
+        rows: Averaged attention from the one to the other.
     """
 
     def __init__(
-        self, sublayer: Sublayer, gram: FloatArray, memory: FloatArray, closure: Closure, width_ratio: float = 1.0
+        self,
+        sublayer: Sublayer,
+        gram: FloatArray,
+        memory: FloatArray,
+        closure: Closure,
+        width_ratio: float = 1.0,
+        *,
+        norm_epsilon: float = 0.0,
     ) -> None:
         branch = sublayer.branch
         assert isinstance(branch, CrossAttention)
         check_closure(closure)
         self.sublayer, self._stream, self._width_ratio = sublayer, gram, width_ratio
+        self.memory, self._epsilon = memory, norm_epsilon
         self._gain = (branch.value * branch.output) ** 2
         self._weight_noise = dropout_variance(branch.attention_dropout)
-        normed = _normalised(sublayer.input_norm, gram)
-        self._rows = CrossRows(normed, memory, float(effective_coupling(branch, 1.0)), closure)
-        mixed = self._rows.forward(memory, dropout_variance=self._weight_noise)
+        self.normed = self.normalised(sublayer.input_norm, gram)
+        self.rows = CrossRows(self.normed, memory, float(effective_coupling(branch, 1.0)), closure)
+        mixed = self.rows.forward(memory, dropout_variance=self._weight_noise)
         self._branch = np.asarray(self._gain * mixed + attention_bias(branch))
-        out = _normalised(sublayer.output_norm, self._branch)
+        out = self.normalised(sublayer.output_norm, self._branch)
         self.added = sublayer.branch_scale**2 * with_noise(out, dropout_variance(sublayer.dropout))
         self._residual = sublayer.skip_scale**2 * gram + self.added
-        self.output = _normalised(sublayer.stream_norm, self._residual)
+        self.output = self.normalised(sublayer.stream_norm, self._residual)
         keys = memory.shape[-1]
-        found = closure.statistics(keys, self._rows.variance, 0.0 * self._rows.variance)
+        found = closure.statistics(keys, self.rows.variance, 0.0 * self.rows.variance)
         self.statistics = {
             "attention_entropy": np.asarray(found.entropy),
             "inverse_participation": np.asarray(found.y2),
-            "logit_variance": self._rows.variance,
-            "visible_keys": np.full(self._rows.variance.shape, float(keys)),
+            "logit_variance": self.rows.variance,
+            "visible_keys": np.full(self.rows.variance.shape, float(keys)),
         }
 
     def backward(self, gradient: FloatArray) -> FloatArray:
         """Map the gradient Gram matrix at the sublayer's output to that at its input."""
         skip, weight = self.sublayer.skip_scale**2, self.sublayer.branch_scale**2
-        after = gradient * _slope(self.sublayer.stream_norm, self._residual)
-        through = self._gain * self._rows.to_queries(self._at_branch(after), dropout_variance=self._weight_noise)
-        return np.asarray(skip * after + weight * _slope(self.sublayer.input_norm, self._stream) * through)
+        after = gradient * self._slope(self.sublayer.stream_norm, self._residual)
+        through = self.through(self._at_branch(after))
+        return np.asarray(skip * after + weight * self._slope(self.sublayer.input_norm, self._stream) * through)
 
     def to_memory(self, gradient: FloatArray) -> FloatArray:
         """Map the gradient Gram matrix at the sublayer's output to what it adds to that of the memory."""
         weight = self._width_ratio * self.sublayer.branch_scale**2 * self._gain
-        after = gradient * _slope(self.sublayer.stream_norm, self._residual)
-        return np.asarray(weight * self._rows.to_memory(self._at_branch(after), dropout_variance=self._weight_noise))
+        after = gradient * self._slope(self.sublayer.stream_norm, self._residual)
+        return np.asarray(weight * self.rows.to_memory(self._at_branch(after), dropout_variance=self._weight_noise))
+
+    def forward(self, tangent: FloatArray) -> FloatArray:
+        """Map the Gram matrix of a perturbation of the input to that of the output: the adjoint of :meth:`backward`."""
+        slope = self._slope(self.sublayer.input_norm, self._stream)
+        skip = self.sublayer.skip_scale**2 * self._slope(self.sublayer.stream_norm, self._residual)
+        return np.asarray(skip * tangent + self.emit(self.through(slope * tangent)))
+
+    def from_memory(self, tangent: FloatArray) -> FloatArray:
+        """Map the Gram matrix of a perturbation of the memory to that of the output.
+
+        The adjoint of :meth:`to_memory`, up to the ratio of widths.
+        """
+        return self.emit(self._gain * self.rows.from_memory(tangent, dropout_variance=self._weight_noise))
+
+    def through(self, tangent: FloatArray) -> FloatArray:
+        """Map the Gram matrix of a perturbation of the normed tokens to that of the branch output: its own adjoint."""
+        return np.asarray(self._gain * self.rows.to_queries(tangent, dropout_variance=self._weight_noise))
+
+    def emit(self, tangent: FloatArray) -> FloatArray:
+        """Map the Gram matrix of a perturbation of the branch output to that of the sublayer's output."""
+        after = self.sublayer.branch_scale**2 * self._slope(self.sublayer.stream_norm, self._residual)
+        return np.asarray(after * self._at_branch(tangent))
+
+    def norms(self) -> Iterator[tuple[Norm, FloatArray, Callable[[FloatArray], FloatArray]]]:
+        """Yield every norm, the Gram matrix in front of it, and the map of a perturbation behind it to the output."""
+        sublayer = self.sublayer
+        if sublayer.input_norm is not None:
+            yield sublayer.input_norm, self._stream, lambda tangent: self.emit(self.through(tangent))
+        if sublayer.output_norm is not None:
+            weight = sublayer.branch_scale**2 * self._slope(sublayer.stream_norm, self._residual)
+            noise = dropout_variance(sublayer.dropout)
+            yield sublayer.output_norm, self._branch, lambda tangent: np.asarray(weight * with_noise(tangent, noise))
+        if sublayer.stream_norm is not None:
+            yield sublayer.stream_norm, self._residual, lambda tangent: tangent
+
+    def normalised(self, norm: Norm | None, gram: FloatArray) -> FloatArray:
+        """Return the Gram matrix behind a norm."""
+        return gram if norm is None else norm_gram(norm, gram, epsilon=self._epsilon)
 
     def row_overlap(self) -> FloatArray:
         """Return, for every query, the mean of ``sum_c A_ac A_bc`` over the other queries."""
-        return self._rows.row_overlap()
+        return self.rows.row_overlap()
 
     def _at_branch(self, after: FloatArray) -> FloatArray:
         return with_noise(
-            after * _slope(self.sublayer.output_norm, self._branch), dropout_variance(self.sublayer.dropout)
+            after * self._slope(self.sublayer.output_norm, self._branch), dropout_variance(self.sublayer.dropout)
         )
+
+    def _slope(self, norm: Norm | None, gram: FloatArray) -> Any:
+        return 1.0 if norm is None else norm_slope(norm, gram, epsilon=self._epsilon)
 
 
 def propagate_encoder_decoder_gram(
@@ -241,10 +297,6 @@ class _DecoderSteps:
 
 def _normalised(norm: Norm | None, gram: FloatArray) -> FloatArray:
     return gram if norm is None else norm_gram(norm, gram)
-
-
-def _slope(norm: Norm | None, gram: FloatArray) -> Any:
-    return 1.0 if norm is None else norm_slope(norm, gram)
 
 
 def _factor(log: FloatArray) -> FloatArray:

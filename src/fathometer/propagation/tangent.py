@@ -27,7 +27,7 @@ gated MLPs and normalised queries and keys derived in the documentation.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -40,7 +40,8 @@ from fathometer.propagation.trajectory import StreamOverflowError
 from fathometer.spec import MLP, GatedMLP, PointwiseNorm, SelfAttention, Transformer, refuse_arrays
 
 FloatArray = NDArray[np.float64]
-Group = tuple[str, int | None]  # a parameter role, and its layer
+Place = tuple[str, int | None]  # of two stacks: "encoder" or "decoder", and the layer
+Group = tuple[str, int | Place | None]  # a parameter role, and its layer
 
 _TOGETHER = 1 << 20  # matrix entries pushed through a map at a time
 
@@ -98,7 +99,7 @@ def propagate_tangent(
         for sublayer in block.sublayers:
             causal = isinstance(sublayer.branch, SelfAttention) and sublayer.branch.causal
             step = GramHalfLayer(sublayer, current, averaging, visible[causal], norm_epsilon=norm_epsilon)
-            stack = _pushed(step, stack)
+            stack = pushed(step.forward, stack)
             for role, kernel in sublayer_kernels(step):
                 added = kernel.reshape(1, n, n)
                 if role in born:
@@ -181,8 +182,8 @@ def _gated_kernels(step: GramHalfLayer, branch: GatedMLP) -> dict[str, FloatArra
     }
 
 
-def _pushed(step: GramHalfLayer, stack: FloatArray) -> FloatArray:
-    """Carry a stack of tangent kernels through a sublayer, a bounded number at a time."""
+def pushed(forward: Callable[[FloatArray], FloatArray], stack: FloatArray) -> FloatArray:
+    """Carry a stack of tangent kernels through a sublayer's map, a bounded number at a time."""
     size = max(1, _TOGETHER // stack[0].size) if len(stack) else 1
-    parts = [step.forward(stack[first : first + size]) for first in range(0, len(stack), size)]
+    parts = [forward(stack[first : first + size]) for first in range(0, len(stack), size)]
     return np.concatenate(parts) if parts else stack
