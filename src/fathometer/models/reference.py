@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fathometer.errors import NotCoveredError, SpecError
-from fathometer.models.reference_cross import ReferenceCrossAttention
 from fathometer.models.seeding import named_generator
 from fathometer.spec import (
     MLP,
@@ -40,6 +39,7 @@ from fathometer.spec import (
     Transformer,
     array_fields,
     hidden_width,
+    memory_width,
 )
 
 #: Small enough that the theory's norms, which have none, describe any stream a float32 network can carry.
@@ -82,9 +82,9 @@ class Erf(nn.Module):
 
 
 class ReferenceAttention(nn.Module):
-    """Softmax self-attention with separate query, key, value and output matrices."""
+    """Softmax attention with separate query, key, value and output matrices, to the tokens themselves or a memory."""
 
-    def __init__(self, branch: SelfAttention, d_model: int) -> None:
+    def __init__(self, branch: SelfAttention | CrossAttention, d_model: int) -> None:
         super().__init__()
         if d_model % branch.n_heads:
             raise SpecError(f"d_model must be a multiple of n_heads; got {d_model} and {branch.n_heads}")
@@ -92,27 +92,35 @@ class ReferenceAttention(nn.Module):
         self.d_head = d_model // branch.n_heads
         n_kv_heads = branch.n_kv_heads or branch.n_heads
         self.grouped = n_kv_heads != branch.n_heads
+        d_source = memory_width(branch, d_model) if isinstance(branch, CrossAttention) else d_model
         self.query = nn.Linear(d_model, d_model, bias=False)
-        self.key = nn.Linear(d_model, n_kv_heads * self.d_head, bias=False)
-        self.value = nn.Linear(d_model, n_kv_heads * self.d_head, bias=bool(branch.value_bias))
+        self.key = nn.Linear(d_source, n_kv_heads * self.d_head, bias=False)
+        self.value = nn.Linear(d_source, n_kv_heads * self.d_head, bias=bool(branch.value_bias))
         self.output = nn.Linear(d_model, d_model, bias=bool(branch.output_bias))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map tokens of shape ``(batch, n_tokens, d_model)`` to the same shape."""
-        q, k, v = (self._heads(project(x)) for project in (self.query, self.key, self.value))
-        if self.branch.qk_norm:
+    def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
+        """Map tokens of shape ``(batch, n_tokens, d_model)`` to the same shape.
+
+        Args:
+            x: The tokens that ask.
+            memory: The tokens that are read, shape ``(batch, n_memory, d_memory)``; by default those that ask.
+        """
+        branch, source = self.branch, x if memory is None else memory
+        q, k, v = self._heads(self.query(x)), self._heads(self.key(source)), self._heads(self.value(source))
+        if isinstance(branch, SelfAttention) and branch.qk_norm:
             q, k = (F.rms_norm(t, (self.d_head,), eps=EPSILON) for t in (q, k))
         mixed = F.scaled_dot_product_attention(
             q,
             k,
             v,
-            dropout_p=float(self.branch.attention_dropout) if self.training else 0.0,
-            is_causal=self.branch.causal,
-            scale=float(self.branch.score_multiplier) / self.d_head**0.5,
+            dropout_p=float(branch.attention_dropout) if self.training else 0.0,
+            is_causal=isinstance(branch, SelfAttention) and branch.causal,
+            scale=float(branch.score_multiplier) / self.d_head**0.5,
             enable_gqa=self.grouped,
         )
         out: Tensor = self.output(mixed.transpose(-3, -2).flatten(-2))
-        return out - out.mean(dim=-2, keepdim=True) if self.branch.centred else out
+        centred = isinstance(branch, SelfAttention) and branch.centred
+        return out - out.mean(dim=-2, keepdim=True) if centred else out
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:-1], -1, self.d_head).transpose(-3, -2)
@@ -153,7 +161,7 @@ class ReferenceGatedMLP(nn.Module):
         return out
 
 
-ReferenceBranch = ReferenceAttention | ReferenceCrossAttention | ReferenceMLP | ReferenceGatedMLP
+ReferenceBranch = ReferenceAttention | ReferenceMLP | ReferenceGatedMLP
 
 
 class ReferenceSublayer(nn.Module):
@@ -172,7 +180,8 @@ class ReferenceSublayer(nn.Module):
     def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
         """Map the stream, shape ``(batch, n_tokens, d_model)``, to the same shape; cross attention reads ``memory``."""
         normed = self.input_norm(x)
-        out = self.branch(normed, memory) if isinstance(self.branch, ReferenceCrossAttention) else self.branch(normed)
+        crossed = isinstance(self.branch.branch, CrossAttention)
+        out = self.branch(normed, memory) if crossed else self.branch(normed)
         added = self.dropout(self.output_norm(out))
         stream: Tensor = self.stream_norm(self.skip_scale * x + self.branch_scale * added)
         return stream
@@ -275,10 +284,8 @@ def weight_stds(module: nn.Module) -> Iterator[tuple[str, Tensor, float]]:
 def branch_module(branch: Branch, d_model: int) -> ReferenceBranch:
     """Return the module of a branch, its weights not drawn."""
     match branch:
-        case SelfAttention():
+        case SelfAttention() | CrossAttention():
             return ReferenceAttention(branch, d_model)
-        case CrossAttention():
-            return ReferenceCrossAttention(branch, d_model)
         case MLP():
             return ReferenceMLP(branch, d_model)
         case GatedMLP():
