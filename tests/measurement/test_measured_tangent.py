@@ -14,7 +14,7 @@ from torch.func import functional_call, jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fathometer.errors import BatchError, DomainError, ModelError
-from fathometer.measurement.tangent import MeasuredTangentKernel, measure_tangent_kernel
+from fathometer.measurement.tangent import MeasuredTangentKernel, mean_and_error, measure_tangent_kernel
 from fathometer.measurement.tangent_slopes import TangentSlopes, tangent_slopes
 from fathometer.models import WeightSlice
 from fathometer.models.roles import parameter_roles
@@ -431,6 +431,12 @@ def test_model_is_left_as_found() -> None:
     _left_alone(model, lambda: measure_tangent_kernel(model, batch, groups=groups, seeds=3))
     _left_alone(model, lambda: fails(late))
     _left_alone(model, lambda: fails(_FailsBackward.apply))
+
+
+def test_errors_are_those_of_a_mean_over_draws() -> None:
+    mean, error = mean_and_error(np.array([1.0, 2.0, 6.0]))
+    assert (float(mean), float(error)) == pytest.approx((3.0, np.sqrt(7 / 3)))  # variance (4 + 1 + 9) / 2
+    assert np.isnan(mean_and_error(np.ones(1))[1])
 
 
 def test_redraws_scatter_and_keep_their_scale() -> None:

@@ -542,6 +542,14 @@ def test_slow_stacks_settle_where_their_map_does() -> None:
     assert exponential_gradients(dropped, n_tokens=32).cosine == pytest.approx(deep.p[-1] / deep.q[-1], abs=1e-9)
 
 
+@pytest.mark.parametrize("alignment", [-0.1, 0.0, 0.3, 1.0])
+def test_scores_of_no_variance_gain_nothing_over_even_attention(alignment: float) -> None:
+    """``J = Y_2 + (n-1) Y_12 r_g`` with both averages ``1/n``."""
+    found = sharp_scores(0.0, n_tokens=7, cosine=0.2, top_alignment=alignment)
+    assert found.relative_gain == pytest.approx(1.0, rel=1e-12)
+    assert found.gradient_gain == pytest.approx((1 + 6 * alignment) / 7, rel=1e-12)
+
+
 def test_limits_are_refused_by_name() -> None:
     for cosine, alignment in ((-0.25, 0.0), (0.2, -0.25)):
         with pytest.raises(DomainError, match=r"must lie in \(-0\.25, 1\]"):

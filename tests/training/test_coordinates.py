@@ -103,6 +103,15 @@ def test_masked_logits_do_not_count() -> None:
     assert math.isnan(_distance([hidden], [torch.tensor([[2.0, -math.inf], [3.0, -math.inf]])]))
 
 
+def test_slopes_and_their_errors_over_seeds() -> None:
+    widths = np.array([4, 8, 16])
+    changes = np.stack([widths**power for power in (0.5, 1.0, 1.5)], axis=-1)[:, None]
+    found = CoordinateCheck(
+        scheme="x", s=0.0, uniform=False, widths=widths, steps=(1,), changes={"stem": changes}, protocol={}
+    )
+    assert found.slopes(1)["stem"] == pytest.approx((1.0, 0.5 / np.sqrt(3)))
+
+
 def test_result_and_figure() -> None:
     before = torch.get_rng_state()
     told: list[tuple[int, int]] = []

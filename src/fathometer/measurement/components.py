@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from fathometer.errors import DomainError, NotCoveredError
 from fathometer.measurement.statistics import token_moments
+from fathometer.measurement.tangent import mean_and_error
 from fathometer.models.reference import activation_module, norm_module
 from fathometer.models.seeding import named_generator
 from fathometer.spec import (
@@ -109,7 +110,8 @@ def estimates(draws: Sequence[dict[str, float]]) -> Estimates:
     out = {}
     for name in draws[0]:
         values = np.array([found[name] for found in draws])
-        out[name] = (float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values))))
+        mean, error = mean_and_error(values)
+        out[name] = float(mean), float(error)
     return out
 
 

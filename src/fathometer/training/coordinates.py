@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from fathometer._version import __version__
 from fathometer.errors import ModelError
+from fathometer.measurement.tangent import mean_and_error
 from fathometer.measurement.tangent_slopes import log_slope
 from fathometer.measurement.untouched import untouched
 from fathometer.models.trace import AttentionCall, first_tensor, hooked, watch_attention
@@ -65,8 +66,7 @@ class CoordinateCheck:
         steps: Numbers of steps taken.
         changes: Root mean square change since the start on the first batch, by place: ``"stem"`` (what enters the first
             block), ``"block i"`` (what leaves it), ``"attention logits"`` (the visible ones of all blocks) and
-            ``"output"``; shape
-            ``(n_widths, n_steps, n_seeds)``; NaN where a model left the finite numbers.
+            ``"output"``; shape ``(n_widths, n_steps, n_seeds)``; NaN where a model left the finite numbers.
         protocol: Everything that was held fixed.
     """
 
@@ -87,10 +87,10 @@ class CoordinateCheck:
         at = self.steps.index(step)
         out = {}
         for place, values in self.changes.items():
-            each = [
-                log_slope(self.widths, values[:, at, k], np.zeros(len(self.widths)))[0] for k in range(values.shape[-1])
-            ]
-            out[place] = float(np.mean(each)), float(np.std(each, ddof=1) / math.sqrt(len(each)))
+            exact = np.zeros(len(self.widths))
+            each = np.array([log_slope(self.widths, run, exact)[0] for run in values[:, at].T])
+            mean, error = mean_and_error(each)
+            out[place] = float(mean), float(error)
         return out
 
     @property
